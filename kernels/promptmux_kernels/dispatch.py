@@ -1,0 +1,139 @@
+"""The one door to the ops: their contract, and which form answers a call.
+
+The form follows the tensors' device at each call (never at import) and can be overridden for tests by `use_form`.
+Each docstring below is the op's formula; `reference` is that formula in code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from promptmux_kernels import cpu, reference
+from promptmux_kernels.rows import PagedPrompts, Rows, SharedBias
+
+Form = Literal["reference", "cpu"]
+
+_FORMS: dict[Form, ModuleType] = {"reference": reference, "cpu": cpu}
+_override: ContextVar[Form | None] = ContextVar("promptmux_kernels_form", default=None)
+
+
+@contextmanager
+def use_form(form: Form) -> Iterator[None]:
+    """Answer every call inside the block with this form, whatever the device."""
+    token = _override.set(form)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def _form(device: torch.device) -> ModuleType:
+    # The "cpu" form is batched PyTorch that any device can run: it serves GPUs too until they have kernels.
+    return _FORMS[_override.get() or "cpu"]
+
+
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    rows: Rows,
+    prompts: PagedPrompts | None,
+    bias: SharedBias,
+    scale: float,
+    head_scale: Tensor,
+    causal: bool,
+) -> Tensor:
+    """Self-attention of ragged rows, each behind its own prompt (OFA: ofa-spec 2.6, 4.3).
+
+    For row r with tokens Q, K, V (n, D) of a head h, prompt PK, PV (P, D) and bias table B (n, n):
+
+        out = head_scale[h] * softmax([scale * Q PK^T, scale * Q K^T + B]) [PV; V]
+
+    Prompt keys carry no bias and are visible to every query; `causal` hides later own keys only.
+    q, k, v are (T, H, D) of one dtype; the result is (T, H, D) of that dtype; softmax runs in float32.
+    """
+    out: Tensor = _form(q.device).prefix_attention(
+        q, k, v, rows=rows, prompts=prompts, bias=bias, scale=scale, head_scale=head_scale, causal=causal
+    )
+    return out
+
+
+def prefix_decode_attention(
+    q: Tensor,
+    *,
+    groups: Rows,
+    prompts: PagedPrompts | None,
+    cache_key: Tensor,
+    cache_value: Tensor,
+    history: Tensor,
+    history_lengths: tuple[int, ...],
+    bias: Tensor,
+    scale: float,
+    head_scale: Tensor,
+) -> Tensor:
+    """One decoding step of self-attention: one query per beam, beams of a request forming a group.
+
+    Group g is at step t = history_lengths[g]; beam b of it sees its prompt and the cache slots
+    S = history[b, :t], its own new token last (the ancestor table: beams reorder by index, never by copy):
+
+        out = head_scale[h] * softmax([scale * q PK^T, scale * q cache_key[S]^T + bias[h, t-1, :t]]) [PV; cache_value[S]]
+
+    q is (R, H, D), cache_* (slots, H, D), history (R, T_max) int64, bias (H, T, T); `prompts` has one row per group.
+    """
+    out: Tensor = _form(q.device).prefix_decode_attention(
+        q,
+        groups=groups,
+        prompts=prompts,
+        cache_key=cache_key,
+        cache_value=cache_value,
+        history=history,
+        history_lengths=history_lengths,
+        bias=bias,
+        scale=scale,
+        head_scale=head_scale,
+    )
+    return out
+
+
+def cross_decode_attention(
+    q: Tensor,
+    *,
+    groups: Rows,
+    key: Tensor,
+    value: Tensor,
+    memory: Rows,
+    bias: SharedBias,
+    first_positions: tuple[int, ...],
+    consecutive: bool,
+    scale: float,
+    head_scale: Tensor,
+) -> Tensor:
+    """Cross-attention: all queries of group g (beams at a step, or tokens at prefill) read memory row g once.
+
+        out = head_scale[h] * softmax(scale * q K^T + B[h, p, :]) V
+
+    Query i of group g stands at decoder position p = first_positions[g] + i if `consecutive` (prefill), else at
+    first_positions[g] (a step, where all beams stand at one position). Prompts never enter (ofa-spec 4.3).
+    q is (R, H, D), key and value (T_k, H, D), bias tables (H, positions, n_k).
+    """
+    out: Tensor = _form(q.device).cross_decode_attention(
+        q,
+        groups=groups,
+        key=key,
+        value=value,
+        memory=memory,
+        bias=bias,
+        first_positions=first_positions,
+        consecutive=consecutive,
+        scale=scale,
+        head_scale=head_scale,
+    )
+    return out

@@ -1,0 +1,106 @@
+"""The oracle: every op once, row by row, in float32, written to be read rather than to be fast.
+
+The other forms are tested against this one. It is differentiable, so it is also the oracle of gradients.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from promptmux_kernels.rows import PagedPrompts, Rows, SharedBias
+
+
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    rows: Rows,
+    prompts: PagedPrompts | None,
+    bias: SharedBias,
+    scale: float,
+    head_scale: Tensor,
+    causal: bool,
+) -> Tensor:
+    out = torch.zeros_like(q)
+    for row in range(len(rows)):
+        own = rows.slice(row)
+        n = rows.lengths[row]
+        scores = _scores(q[own], k[own], scale) + bias.of(row)[:, :n, :n].float()  # (H, n, n)
+        if causal:
+            scores = scores.masked_fill(torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1), -torch.inf)
+        value = _heads_first(v[own])  # (H, n, D)
+        if prompts is not None and prompts.lengths[row]:
+            prompt_key, prompt_value = prompts.gather(row)
+            scores = torch.cat([_scores(q[own], prompt_key.transpose(0, 1), scale), scores], dim=-1)
+            value = torch.cat([prompt_value.float(), value], dim=1)
+        out[own] = _combine(scores, value, head_scale).to(q.dtype)
+    return out
+
+
+def prefix_decode_attention(
+    q: Tensor,
+    *,
+    groups: Rows,
+    prompts: PagedPrompts | None,
+    cache_key: Tensor,
+    cache_value: Tensor,
+    history: Tensor,
+    history_lengths: tuple[int, ...],
+    bias: Tensor,
+    scale: float,
+    head_scale: Tensor,
+) -> Tensor:
+    out = torch.zeros_like(q)
+    for group, t in enumerate(history_lengths):
+        for beam in range(groups.starts[group], groups.starts[group] + groups.lengths[group]):
+            slots = history[beam, :t]
+            query = q[beam : beam + 1]
+            scores = _scores(query, cache_key[slots], scale) + bias[:, t - 1 : t, :t].float()  # (H, 1, t)
+            value = _heads_first(cache_value[slots])
+            if prompts is not None and prompts.lengths[group]:
+                prompt_key, prompt_value = prompts.gather(group)
+                scores = torch.cat([_scores(query, prompt_key.transpose(0, 1), scale), scores], dim=-1)
+                value = torch.cat([prompt_value.float(), value], dim=1)
+            out[beam : beam + 1] = _combine(scores, value, head_scale).to(q.dtype)
+    return out
+
+
+def cross_decode_attention(
+    q: Tensor,
+    *,
+    groups: Rows,
+    key: Tensor,
+    value: Tensor,
+    memory: Rows,
+    bias: SharedBias,
+    first_positions: tuple[int, ...],
+    consecutive: bool,
+    scale: float,
+    head_scale: Tensor,
+) -> Tensor:
+    out = torch.zeros_like(q)
+    for group, first in enumerate(first_positions):
+        own, seen = groups.slice(group), memory.slice(group)
+        n = groups.lengths[group]
+        positions = slice(first, first + n) if consecutive else slice(first, first + 1)
+        table = bias.of(group)[:, positions, : memory.lengths[group]].float()  # (H, n or 1, keys)
+        out[own] = _combine(_scores(q[own], key[seen], scale) + table, _heads_first(value[seen]), head_scale).to(q.dtype)
+    return out
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """(n, H, D) -> (H, n, D) in float32."""
+    return x.transpose(0, 1).float()
+
+
+def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Scaled q.k of (n, H, D) and (m, H, D) -> (H, n, m) float32."""
+    return (_heads_first(q) * scale) @ _heads_first(k).transpose(1, 2)
+
+
+def _combine(scores: Tensor, value: Tensor, head_scale: Tensor) -> Tensor:
+    """softmax(scores) . value, times each head's scale -> (n, H, D) float32."""
+    out = scores.softmax(dim=-1) @ value  # (H, n, D)
+    return (out * head_scale.float()[:, None, None]).transpose(0, 1)

@@ -1,0 +1,235 @@
+"""The OFA decoder: teacher-forced over whole texts, or one token per beam at a time (ofa-spec 3).
+
+Both ways run the same layers; they differ in how attention reaches earlier tokens. Owns the decoder's position biases;
+knows nothing of searches or tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from promptmux_kernels import (
+    PromptBatch,
+    Rows,
+    SharedBias,
+    cross_decode_attention,
+    prefix_attention,
+    prefix_decode_attention,
+)
+from promptmux_server.backbone.cache import DecodeCache
+from promptmux_server.backbone.config import BackboneConfig
+from promptmux_server.backbone.encoder import GRIDS_CACHED, Encoder, EncoderOutput, position_scores
+from promptmux_server.backbone.layers import DecoderLayer, drop_path_rates
+from promptmux_server.backbone.positions import BiasCache, Grid, text_capacity, token_buckets
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The encoder's output as the decoder reads it: keys and values of every layer, computed once per request.
+
+    `keys[l]` and `values[l]` are (T, H, D) over the flat axis of `rows`; beams share them by construction.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    rows: Rows
+    grids: tuple[Grid, ...]
+
+    def select(self, rows: Sequence[int]) -> Memory:
+        """The memory of some requests of the batch, without a copy."""
+        return replace(self, rows=self.rows.select(rows), grids=tuple(self.grids[r] for r in rows))
+
+
+@dataclass(frozen=True)
+class BeamRows:
+    """One decoding step: which beams of which requests feed which token, and the cache slots they descend from.
+
+    `tokens` is (R,) int64; `groups` are the beams of each request on that axis; `history` is (R, T_max) int64, row r's
+    ancestors in order, the slot of its own new token last; `lengths[g]` counts them for request g.
+    """
+
+    tokens: Tensor
+    groups: Rows
+    history: Tensor
+    lengths: tuple[int, ...]
+
+
+class Decoder(nn.Module):
+    """Parameters carry the released model's names; token embeddings are the encoder's."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        d = config.d_model
+        self.config = config
+        self.layernorm_embedding = nn.LayerNorm(d)
+        self.embed_positions = nn.Embedding(config.max_positions + 2, d)
+        self.pos_ln = nn.LayerNorm(d)
+        self.self_pos_q_linear = nn.Linear(d, d)
+        self.self_pos_k_linear = nn.Linear(d, d)
+        self.cross_pos_q_linear = nn.Linear(d, d)
+        self.cross_pos_k_linear = nn.Linear(d, d)
+        rates = drop_path_rates(config.decoder_drop_path, config.decoder_layers)
+        self.layers = nn.ModuleList(DecoderLayer(config, rate) for rate in rates)
+        self.layer_norm = nn.LayerNorm(d)
+        table = 2 * config.token_bucket_size - 1
+        self.token_rel_pos_table_list = nn.ModuleList(nn.Embedding(table, config.heads) for _ in rates)
+        self._self_biases: BiasCache[int, tuple[Tensor, ...]] = BiasCache(GRIDS_CACHED)
+        self._cross_biases: BiasCache[tuple[Grid, int, int], Tensor] = BiasCache(GRIDS_CACHED * 4)
+
+    @property
+    def scale(self) -> float:
+        return float((self.config.head_dim * self.config.attn_scale_factor) ** -0.5)
+
+    def remember(self, encoded: EncoderOutput) -> Memory:
+        """Project the encoder's output to cross-attention keys and values, once for all steps and beams."""
+        attentions = [layer.encoder_attn for layer in self.layers]
+        return Memory(
+            keys=tuple(a.split(a.k_proj(encoded.states)) for a in attentions),
+            values=tuple(a.split(a.v_proj(encoded.states)) for a in attentions),
+            rows=encoded.rows,
+            grids=encoded.grids,
+        )
+
+    def prefill(
+        self,
+        embedded: Tensor,
+        rows: Rows,
+        memory: Memory,
+        encoder: Encoder,
+        prompts: PromptBatch | None = None,
+        cache: tuple[DecodeCache, Tensor] | None = None,
+    ) -> Tensor:
+        """Teacher-forced pass over ragged rows of token embeddings (T, d_model) -> final states (T, d_model).
+
+        With `cache` (the cache and one slot per token) the keys and values are kept for later steps.
+        """
+        capacity = text_capacity(max(rows.lengths), self.config.max_positions)
+        own_biases = self._own_biases(capacity)
+        cross_bias = self._cross_bias(memory, capacity, encoder)
+        start = (0,) * len(rows)
+        x = F.dropout(self.layernorm_embedding(embedded), self.config.dropout, self.training)
+        for index, layer in enumerate(self.layers):
+            own = SharedBias((own_biases[index],), start)
+            paged = prompts.layer(index) if prompts else None
+
+            def attend(
+                q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor, index: int = index, own: SharedBias = own, paged=paged
+            ) -> Tensor:
+                if cache is not None:
+                    cache[0].write(index, cache[1], k, v)
+                return prefix_attention(
+                    q, k, v, rows=rows, prompts=paged, bias=own, scale=self.scale, head_scale=head_scale, causal=True
+                )
+
+            def cross(q: Tensor, head_scale: Tensor, index: int = index) -> Tensor:
+                return cross_decode_attention(
+                    q,
+                    groups=rows,
+                    key=memory.keys[index],
+                    value=memory.values[index],
+                    memory=memory.rows,
+                    bias=cross_bias,
+                    first_positions=start,
+                    consecutive=True,
+                    scale=self.scale,
+                    head_scale=head_scale,
+                )
+
+            x = layer(x, attend, cross, rows)
+        out: Tensor = self.layer_norm(x)
+        return out
+
+    def step(
+        self,
+        embedded: Tensor,
+        beams: BeamRows,
+        memory: Memory,
+        encoder: Encoder,
+        cache: DecodeCache,
+        prompts: PromptBatch | None = None,
+    ) -> Tensor:
+        """One token per beam: embeddings (R, d_model) -> final states (R, d_model); new K/V go to the cache."""
+        capacity = text_capacity(max(beams.lengths), self.config.max_positions)
+        own_biases = self._own_biases(capacity)
+        cross_bias = self._cross_bias(memory, capacity, encoder)
+        last = torch.tensor(
+            [n - 1 for n, width in zip(beams.lengths, beams.groups.lengths, strict=True) for _ in range(width)],
+            device=embedded.device,
+        )
+        slots = beams.history.gather(1, last[:, None])[:, 0]  # (R,)
+        positions = tuple(length - 1 for length in beams.lengths)
+        x = self.layernorm_embedding(embedded)
+        for index, layer in enumerate(self.layers):
+
+            def attend(q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor, index: int = index) -> Tensor:
+                cache.write(index, slots, k, v)
+                return prefix_decode_attention(
+                    q,
+                    groups=beams.groups,
+                    prompts=prompts.layer(index) if prompts else None,
+                    cache_key=cache.key[index],
+                    cache_value=cache.value[index],
+                    history=beams.history,
+                    history_lengths=beams.lengths,
+                    bias=own_biases[index],
+                    scale=self.scale,
+                    head_scale=head_scale,
+                )
+
+            def cross(q: Tensor, head_scale: Tensor, index: int = index) -> Tensor:
+                return cross_decode_attention(
+                    q,
+                    groups=beams.groups,
+                    key=memory.keys[index],
+                    value=memory.values[index],
+                    memory=memory.rows,
+                    bias=cross_bias,
+                    first_positions=positions,
+                    consecutive=False,
+                    scale=self.scale,
+                    head_scale=head_scale,
+                )
+
+            x = layer(x, attend, cross, beams.groups)
+        out: Tensor = self.layer_norm(x)
+        return out
+
+    def _own_biases(self, length: int) -> tuple[Tensor, ...]:
+        """Per layer, the self-attention bias (H, length, length)."""
+        if self.self_pos_q_linear.weight.requires_grad:
+            return self._build_own_biases(length)
+        return self._self_biases.get(length, lambda: self._build_own_biases(length))
+
+    def _build_own_biases(self, length: int) -> tuple[Tensor, ...]:
+        config = self.config
+        u = self.pos_ln(self.embed_positions.weight[:length])
+        absolute = position_scores(self.self_pos_q_linear(u), self.self_pos_k_linear(u), config.heads, self.scale)
+        index = token_buckets(length, config.token_bucket_size, config.max_positions).to(u.device)
+        return tuple(absolute + table(index).permute(2, 0, 1) for table in self.token_rel_pos_table_list)
+
+    def _cross_bias(self, memory: Memory, length: int, encoder: Encoder) -> SharedBias:
+        """Position bias of decoder positions on encoder tokens, the same in all layers; one table per image grid."""
+        kinds = sorted(set(memory.grids))
+        pairs = list(zip(memory.grids, memory.rows.lengths, strict=True))
+        tables = []
+        for grid in kinds:
+            longest = max(n - grid[0] * grid[1] for g, n in pairs if g == grid)
+            text = text_capacity(longest, self.config.max_positions)
+            tables.append(self._cross_table(grid, length, text, encoder))
+        return SharedBias(tuple(tables), tuple(kinds.index(grid) for grid in memory.grids))
+
+    def _cross_table(self, grid: Grid, length: int, text_length: int, encoder: Encoder) -> Tensor:
+        if self.cross_pos_q_linear.weight.requires_grad:
+            return self._build_cross_table(grid, length, text_length, encoder)
+        key = (grid, length, text_length)
+        return self._cross_biases.get(key, lambda: self._build_cross_table(grid, length, text_length, encoder))
+
+    def _build_cross_table(self, grid: Grid, length: int, text_length: int, encoder: Encoder) -> Tensor:
+        u = self.pos_ln(self.embed_positions.weight[:length])
+        p = encoder.positions(grid, text_length)
+        return position_scores(self.cross_pos_q_linear(u), self.cross_pos_k_linear(p), self.config.heads, self.scale)

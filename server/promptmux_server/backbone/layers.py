@@ -1,0 +1,133 @@
+"""Transformer layers of OFA: pre-norm with the NormFormer extras, over flat token axes (ofa-spec 2.5, 2.6, 3).
+
+A layer projects, normalises and adds; how attention reaches other tokens (ragged rows, caches, prompts) is a function
+that the caller passes in. Tokens of all rows lie on one axis: (T, d_model).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from promptmux_kernels import Rows
+from promptmux_server.backbone.config import BackboneConfig
+
+SelfAttend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(q, k, v, head_scale) -> attended values; q, k, v and the result are (T, H, D), head_scale is (H,)."""
+CrossAttend = Callable[[Tensor, Tensor], Tensor]
+"""(q, head_scale) -> values read from the encoder, (T, H, D)."""
+
+
+class Attention(nn.Module):
+    """The projections of one attention, with OFA's learned scale per head (`c_attn`)."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.q_proj = nn.Linear(config.d_model, config.d_model)
+        self.k_proj = nn.Linear(config.d_model, config.d_model)
+        self.v_proj = nn.Linear(config.d_model, config.d_model)
+        self.out_proj = nn.Linear(config.d_model, config.d_model)
+        self.c_attn = nn.Parameter(torch.ones(config.heads))
+
+    def split(self, x: Tensor) -> Tensor:
+        """(T, d_model) -> (T, H, D)."""
+        return x.unflatten(-1, (self.heads, -1))
+
+    def self_attend(self, x: Tensor, attend: SelfAttend) -> Tensor:
+        q, k, v = (self.split(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        out: Tensor = self.out_proj(attend(q, k, v, self.c_attn).flatten(-2))
+        return out
+
+    def cross_attend(self, x: Tensor, attend: CrossAttend) -> Tensor:
+        out: Tensor = self.out_proj(attend(self.split(self.q_proj(x)), self.c_attn).flatten(-2))
+        return out
+
+
+class Adapter(nn.Module):
+    """Bottleneck adapter behind the feed-forward network: y + up(relu(down(y))) (ofa-spec 5.2)."""
+
+    def __init__(self, config: BackboneConfig, width: int) -> None:
+        super().__init__()
+        self.down_proj = nn.Linear(config.d_model, width)
+        self.up_proj = nn.Linear(width, config.d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.up_proj(F.relu(self.down_proj(x)))
+        return out
+
+
+class Layer(nn.Module):
+    """What encoder and decoder layers share: the feed-forward half, dropout and drop-path."""
+
+    def __init__(self, config: BackboneConfig, drop_path: float) -> None:
+        super().__init__()
+        self.dropout, self.drop_path = config.dropout, drop_path
+        self.fc1 = nn.Linear(config.d_model, config.ffn_dim)
+        self.fc2 = nn.Linear(config.ffn_dim, config.d_model)
+        self.ffn_layernorm = nn.LayerNorm(config.ffn_dim)
+        self.final_layer_norm = nn.LayerNorm(config.d_model)
+        self.adapter: nn.Module = Adapter(config, config.adapter_dim) if config.adapter_dim else nn.Identity()
+
+    def feed_forward(self, x: Tensor, rows: Rows) -> Tensor:
+        y = _gelu(self.fc1(self.final_layer_norm(x)))
+        y = self.adapter(self.drop(self.fc2(self.ffn_layernorm(y))))
+        return x + self.drop_rows(y, rows)
+
+    def drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+    def drop_rows(self, x: Tensor, rows: Rows) -> Tensor:
+        """Stochastic depth: leave the whole branch out for some rows, while training."""
+        if not self.training or self.drop_path == 0.0:
+            return x
+        kept = torch.rand(len(rows), device=x.device) >= self.drop_path
+        lengths = torch.tensor(rows.lengths, device=x.device)
+        return x * (kept / (1.0 - self.drop_path)).to(x.dtype).repeat_interleave(lengths)[:, None]
+
+
+class EncoderLayer(Layer):
+    """Self-attention (behind a prompt, where there is one) and feed-forward."""
+
+    def __init__(self, config: BackboneConfig, drop_path: float) -> None:
+        super().__init__(config, drop_path)
+        self.self_attn = Attention(config)
+        self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
+        self.attn_ln = nn.LayerNorm(config.d_model)
+
+    def forward(self, x: Tensor, attend: SelfAttend, rows: Rows) -> Tensor:
+        y = self.attn_ln(self.self_attn.self_attend(self.self_attn_layer_norm(x), attend))
+        return self.feed_forward(x + self.drop_rows(self.drop(y), rows), rows)
+
+
+class DecoderLayer(Layer):
+    """Self-attention (behind a prompt), cross-attention to the encoder's output, feed-forward."""
+
+    def __init__(self, config: BackboneConfig, drop_path: float) -> None:
+        super().__init__(config, drop_path)
+        self.self_attn = Attention(config)
+        self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
+        self.self_attn_ln = nn.LayerNorm(config.d_model)
+        self.encoder_attn = Attention(config)
+        self.encoder_attn_layer_norm = nn.LayerNorm(config.d_model)
+        self.cross_attn_ln = nn.LayerNorm(config.d_model)
+
+    def forward(self, x: Tensor, attend: SelfAttend, cross: CrossAttend, rows: Rows) -> Tensor:
+        y = self.self_attn_ln(self.self_attn.self_attend(self.self_attn_layer_norm(x), attend))
+        x = x + self.drop_rows(self.drop(y), rows)
+        y = self.cross_attn_ln(self.encoder_attn.cross_attend(self.encoder_attn_layer_norm(x), cross))
+        x = x + self.drop_rows(self.drop(y), rows)
+        return self.feed_forward(x, rows)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    """Exact GELU; PyTorch evaluates it in float32 for 16-bit inputs, as the released model does."""
+    return F.gelu(x)
+
+
+def drop_path_rates(highest: float, layers: int) -> list[float]:
+    """Rising linearly from 0 in the first layer (ofa-spec 2.5)."""
+    return [highest * i / max(1, layers - 1) for i in range(layers)]
