@@ -1,0 +1,141 @@
+"""The nouns that cross the engine's door, and the door itself as a Protocol.
+
+Owns what a request, an answer and a task's status are. Knows nothing of HTTP, tensors or scheduling, so that the
+API and its tests need no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from promptmux_server.backbone.images import DecodedImage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One item of work, as the API admits it."""
+
+    request_id: str
+    """Of the HTTP call; the items of one call share it."""
+    task: str
+    deadline: float
+    """`time.monotonic()` seconds; no work starts after it."""
+    text: str | None = None
+    premise: str | None = None
+    image: DecodedImage | None = None
+    decoding: Mapping[str, object] | None = None
+    """Overrides of the prompt's own decoding parameters; the engine validates them at submit."""
+
+
+@dataclass(frozen=True)
+class PromptRef:
+    """The immutable prompt version that a request was resolved to at admission."""
+
+    name: str
+    version: int
+    sha256: str
+
+
+class Output(Protocol):
+    """A typed result: one of the frozen dataclasses of `tasks`, told apart by `kind`."""
+
+    @property
+    def kind(self) -> Literal["caption", "answer", "label", "box", "text"]:
+        """Which of the output shapes this is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the engine returns for one request."""
+
+    task: str
+    output: Output
+    score: float
+    """Log-probability of the output, normalised as the decoding parameters say."""
+    prompt: PromptRef
+    timings_ms: Mapping[str, float] = field(default_factory=dict)
+    """Milliseconds spent in: queue, vision, encode, decode, total."""
+
+
+@dataclass(frozen=True)
+class TaskProblem:
+    """Why a prompt of the directory is not served."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskStatus:
+    """One task of the prompt directory: served, or refused with its reason."""
+
+    name: str
+    state: Literal["ready", "refused"]
+    kind: str | None = None
+    version: int | None = None
+    sha256: str | None = None
+    encoder_length: int = 0
+    decoder_length: int = 0
+    bytes: int = 0
+    takes_text: bool = False
+    takes_image: bool = False
+    metric: Mapping[str, object] | None = None
+    hits: int = 0
+    """Requests answered since the start."""
+    last_used_s: float | None = None
+    """Seconds since the last request; None = never used."""
+    error: TaskProblem | None = None
+    """Set when, and only when, the state is "refused"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReloadReport:
+    """What one pass over the prompt directory changed, by task name."""
+
+    added: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    unchanged: tuple[str, ...] = ()
+    refused: Mapping[str, TaskProblem] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EngineLoad:
+    """How busy the engine is at this moment."""
+
+    waiting: int
+    running: int
+
+
+class EnginePort(Protocol):
+    """The engine as the API sees it. Every method may be called from any thread."""
+
+    def submit(self, request: Request) -> Future[Answer]:
+        """Queue one request; returns at once.
+
+        Raises `Overloaded`, `Draining`, `BackendUnhealthy`, `PromptNotFound`, `PromptQuarantined` or
+        `InvalidParameter`. Cancelling the future removes a queued request and drops a running one at the next step.
+        The future fails with a `PromptmuxError` (`DeadlineExceeded`, `NonfiniteOutput`, `NoBoxFound`, ...).
+        """
+
+    def tasks(self) -> list[TaskStatus]:
+        """Every task of the prompt directory, by name."""
+
+    def reload(self) -> ReloadReport:
+        """Read the prompt directory again; requests already admitted keep the version they were resolved to."""
+
+    def ready(self) -> bool:
+        """Backbone loaded and warm, and not stopping."""
+
+    def live(self) -> bool:
+        """The engine thread is alive and has made progress recently."""
+
+    def load(self) -> EngineLoad:
+        """Requests waiting and running now."""
+
+    def stop(self, drain_timeout_s: float) -> None:
+        """Refuse new work, finish what is admitted for up to the given time, then fail the rest with `Draining`."""

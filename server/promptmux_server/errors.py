@@ -1,0 +1,266 @@
+"""Every error the server can name, as one drawn tree with stable codes.
+
+Owns the codes, HTTP statuses and retry hints. Refuses to know how an error is rendered: `api/errors.py` is the one
+place that turns an exception into an answer.
+
+    PromptmuxError                     500  internal
+    ├── RequestError                   400  bad_request            the caller's mistake
+    │   ├── BadRequest                 400  bad_request
+    │   ├── MalformedJson              400  malformed_json
+    │   ├── MalformedImage             400  malformed_image
+    │   ├── Unauthorized               401  unauthorized
+    │   ├── Forbidden                  403  forbidden
+    │   ├── PromptNotFound             404  prompt_not_found
+    │   ├── RouteNotFound              404  route_not_found
+    │   ├── MethodNotAllowed           405  method_not_allowed
+    │   ├── BodyTooLarge               413  body_too_large
+    │   ├── ImageTooLarge              413  image_too_large
+    │   ├── UnsupportedMediaType       415  unsupported_media_type
+    │   ├── InvalidParameter           422  invalid_parameter
+    │   ├── NoBoxFound                 422  no_box                 the model named no box; its output is not one
+    │   ├── TenantQueueFull            429  tenant_queue_full      the caller's own share is used up
+    │   ├── HeaderTooLarge             431  header_too_large
+    │   └── ClientLeft                 499  client_left            log and metrics only
+    ├── Unavailable                    503  backend_unhealthy      the server's state; worth a retry
+    │   ├── Overloaded                 503  overloaded
+    │   ├── Draining                   503  draining
+    │   ├── BackendUnhealthy           503  backend_unhealthy
+    │   ├── PromptQuarantined          503  prompt_quarantined
+    │   └── NonfiniteOutput            503  nonfinite_output       this row only, its neighbours are unharmed
+    ├── DeadlineExceeded               504  deadline_exceeded
+    ├── Internal                       500  internal               a bug
+    └── BackboneError                  500  backbone_error         raised while a backbone is read, before serving
+        ├── BackboneNotFound           500  backbone_not_found
+        ├── BackboneFileError          500  backbone_invalid
+        ├── BackboneKeysError          500  backbone_keys_mismatch lists missing, unexpected and mis-shaped tensors
+        └── UnsafePickle               500  backbone_unsafe_pickle
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+
+class PromptmuxError(Exception):
+    """Root of the tree. `message` is shown to the caller: it says what to do, and holds no input and no path."""
+
+    code: ClassVar[str] = "internal"
+    status: ClassVar[int] = 500
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: int | None = None) -> None:
+        """`param` names the request field at fault; `retry_after_s` (1 to 30) goes out as `Retry-After`."""
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+
+class RequestError(PromptmuxError):
+    """The caller has to change something before it sends this again."""
+
+    code = "bad_request"
+    status = 400
+
+
+class BadRequest(RequestError):
+    """The request cannot be understood, for a reason that has no name of its own."""
+
+
+class MalformedJson(RequestError):
+    """The body is not the strict JSON that is accepted here (NaN, surrogates, duplicate keys, depth...)."""
+
+    code = "malformed_json"
+
+
+class MalformedImage(RequestError):
+    """The image is not base64 of a readable PNG, JPEG or WebP."""
+
+    code = "malformed_image"
+
+
+class Unauthorized(RequestError):
+    """No bearer token, or one that is not known."""
+
+    code = "unauthorized"
+    status = 401
+
+
+class Forbidden(RequestError):
+    """The token is known and lacks the scope."""
+
+    code = "forbidden"
+    status = 403
+
+
+class PromptNotFound(RequestError):
+    """No task of that name is served; also for names that break the name rule."""
+
+    code = "prompt_not_found"
+    status = 404
+
+
+class RouteNotFound(RequestError):
+    """No such path."""
+
+    code = "route_not_found"
+    status = 404
+
+
+class MethodNotAllowed(RequestError):
+    """The path exists and does not take this method."""
+
+    code = "method_not_allowed"
+    status = 405
+
+
+class BodyTooLarge(RequestError):
+    """The body is over the limit, by its declared length or while it was read."""
+
+    code = "body_too_large"
+    status = 413
+
+
+class ImageTooLarge(RequestError):
+    """The image is over the limit in bytes, pixels or side length."""
+
+    code = "image_too_large"
+    status = 413
+
+
+class UnsupportedMediaType(RequestError):
+    """The Content-Type is not on the closed list."""
+
+    code = "unsupported_media_type"
+    status = 415
+
+
+class InvalidParameter(RequestError):
+    """Well-formed, but a field is missing, unknown, of the wrong type or out of range."""
+
+    code = "invalid_parameter"
+    status = 422
+
+
+class NoBoxFound(RequestError):
+    """A grounding task whose output names no box: nothing in the picture answers to the text."""
+
+    code = "no_box"
+    status = 422
+
+
+class TenantQueueFull(RequestError):
+    """The caller has used up its own share of the queue; others are still served."""
+
+    code = "tenant_queue_full"
+    status = 429
+    retryable = True
+
+
+class HeaderTooLarge(RequestError):
+    """Request line and headers together are over the limit."""
+
+    code = "header_too_large"
+    status = 431
+
+
+class ClientLeft(RequestError):
+    """The client closed the connection. Nobody reads this one: it exists for logs and metrics."""
+
+    code = "client_left"
+    status = 499
+
+
+class Unavailable(PromptmuxError):
+    """The server cannot answer now, whatever the request; a retry may succeed."""
+
+    code = "backend_unhealthy"
+    status = 503
+    retryable = True
+
+
+class Overloaded(Unavailable):
+    """The queue of the whole server is full."""
+
+    code = "overloaded"
+
+
+class Draining(Unavailable):
+    """The server is shutting down."""
+
+    code = "draining"
+
+
+class BackendUnhealthy(Unavailable):
+    """The engine is not ready, or its thread has died."""
+
+
+class PromptQuarantined(Unavailable):
+    """The prompt's file failed its checks; the task is known and not served."""
+
+    code = "prompt_quarantined"
+
+
+class NonfiniteOutput(Unavailable):
+    """This request's logits were not finite; no other request of the batch is affected."""
+
+    code = "nonfinite_output"
+
+
+class DeadlineExceeded(PromptmuxError):
+    """The request's own deadline passed before its answer was ready."""
+
+    code = "deadline_exceeded"
+    status = 504
+    retryable = True
+
+
+class Internal(PromptmuxError):
+    """A bug: an invariant of ours does not hold."""
+
+
+class BackboneError(PromptmuxError):
+    """A backbone cannot be used. Raised at load time and by `promptmux convert`, never for a request."""
+
+    code = "backbone_error"
+
+
+class BackboneNotFound(BackboneError):
+    """There is no backbone at the place given."""
+
+    code = "backbone_not_found"
+
+
+class BackboneFileError(BackboneError):
+    """A file of the backbone cannot be read as what it claims to be."""
+
+    code = "backbone_invalid"
+
+
+class BackboneKeysError(BackboneError):
+    """The tensors found are not the tensors that the configuration asks for."""
+
+    code = "backbone_keys_mismatch"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        missing: Sequence[str] = (),
+        unexpected: Sequence[str] = (),
+        misshaped: Sequence[str] = (),
+    ) -> None:
+        """The three lists hold tensor names (`misshaped` with both shapes in words); the text lists them all."""
+        groups = (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped))
+        lines = [f"{title}: {', '.join(names)}" for title, names in groups if names]
+        super().__init__("\n".join([message, *lines]))
+        self.missing = tuple(missing)
+        self.unexpected = tuple(unexpected)
+        self.misshaped = tuple(misshaped)
+
+
+class UnsafePickle(BackboneError):
+    """The pickle asks for a class or function that is not on the allow-list; nothing of it was run."""
+
+    code = "backbone_unsafe_pickle"
