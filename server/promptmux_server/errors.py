@@ -1,7 +1,7 @@
 """Every error the server can name, as one drawn tree with stable codes.
 
-Owns the codes, HTTP statuses and retry hints. Refuses to know how an error is rendered: `api/errors.py` is the one
-place that turns an exception into an answer.
+Owns the codes, HTTP statuses and retry hints. Refuses to know how an error is rendered: `api/errors.py` is
+the one place that turns an exception into an answer.
 
     PromptmuxError                     500  internal
     ├── RequestError                   400  bad_request            the caller's mistake
@@ -17,7 +17,7 @@ place that turns an exception into an answer.
     │   ├── ImageTooLarge              413  image_too_large
     │   ├── UnsupportedMediaType       415  unsupported_media_type
     │   ├── InvalidParameter           422  invalid_parameter
-    │   ├── NoBoxFound                 422  no_box                 the model named no box; its output is not one
+    │   ├── NoBoxFound                 422  no_box                 the output of the model is not a box
     │   ├── TenantQueueFull            429  tenant_queue_full      the caller's own share is used up
     │   ├── HeaderTooLarge             431  header_too_large
     │   └── ClientLeft                 499  client_left            log and metrics only
@@ -29,10 +29,10 @@ place that turns an exception into an answer.
     │   └── NonfiniteOutput            503  nonfinite_output       this row only, its neighbours are unharmed
     ├── DeadlineExceeded               504  deadline_exceeded
     ├── Internal                       500  internal               a bug
-    └── BackboneError                  500  backbone_error         raised while a backbone is read, before serving
+    └── BackboneError                  500  backbone_error         raised while a backbone is read
         ├── BackboneNotFound           500  backbone_not_found
         ├── BackboneFileError          500  backbone_invalid
-        ├── BackboneKeysError          500  backbone_keys_mismatch lists missing, unexpected and mis-shaped tensors
+        ├── BackboneKeysError          500  backbone_keys_mismatch
         └── UnsafePickle               500  backbone_unsafe_pickle
 """
 
@@ -43,7 +43,7 @@ from typing import ClassVar
 
 
 class PromptmuxError(Exception):
-    """Root of the tree. `message` is shown to the caller: it says what to do, and holds no input and no path."""
+    """Root of the tree. `message` is shown to the caller: it says what to do; it holds no input and no path."""
 
     code: ClassVar[str] = "internal"
     status: ClassVar[int] = 500
@@ -251,7 +251,7 @@ class BackboneKeysError(BackboneError):
         unexpected: Sequence[str] = (),
         misshaped: Sequence[str] = (),
     ) -> None:
-        """The three lists hold tensor names (`misshaped` with both shapes in words); the text lists them all."""
+        """The lists hold tensor names (`misshaped` with both shapes in words); the text of the error has all."""
         groups = (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped))
         lines = [f"{title}: {', '.join(names)}" for title, names in groups if names]
         super().__init__("\n".join([message, *lines]))

@@ -1,1 +1,1 @@
-"""The engine: one thread that turns queued requests into answers, in mixed-task batches. Knows nothing of HTTP."""
+"""The engine: one thread that answers queued requests in mixed-task batches. Knows nothing of HTTP."""

@@ -1,7 +1,7 @@
 """The nouns that cross the engine's door, and the door itself as a Protocol.
 
-Owns what a request, an answer and a task's status are. Knows nothing of HTTP, tensors or scheduling, so that the
-API and its tests need no torch.
+Owns what a request, an answer and a task's status are. Knows nothing of HTTP, tensors or scheduling, so that
+the API and its tests need no torch.
 """
 
 from __future__ import annotations
@@ -118,15 +118,15 @@ class EnginePort(Protocol):
         """Queue one request; returns at once.
 
         Raises `Overloaded`, `Draining`, `BackendUnhealthy`, `PromptNotFound`, `PromptQuarantined` or
-        `InvalidParameter`. Cancelling the future removes a queued request and drops a running one at the next step.
-        The future fails with a `PromptmuxError` (`DeadlineExceeded`, `NonfiniteOutput`, `NoBoxFound`, ...).
+        `InvalidParameter`. Cancelling the future removes a queued request and drops a running one at the next
+        step. The future fails with a `PromptmuxError` (`DeadlineExceeded`, `NonfiniteOutput`, ...).
         """
 
     def tasks(self) -> list[TaskStatus]:
         """Every task of the prompt directory, by name."""
 
     def reload(self) -> ReloadReport:
-        """Read the prompt directory again; requests already admitted keep the version they were resolved to."""
+        """Read the prompt directory again; admitted requests keep the version they were resolved to."""
 
     def ready(self) -> bool:
         """Backbone loaded and warm, and not stopping."""
@@ -138,4 +138,4 @@ class EnginePort(Protocol):
         """Requests waiting and running now."""
 
     def stop(self, drain_timeout_s: float) -> None:
-        """Refuse new work, finish what is admitted for up to the given time, then fail the rest with `Draining`."""
+        """Refuse new work, finish what is admitted within the given time, fail the rest with `Draining`."""
