@@ -1,0 +1,28 @@
+"""From loaded tensors to a frozen model on a device, ready to answer."""
+
+from __future__ import annotations
+
+import torch
+
+from promptmux_server.backbone.model import OFA
+from promptmux_server.backbone.weights import LoadedBackbone, fold_batch_norm
+
+
+def assemble(loaded: LoadedBackbone, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> OFA:
+    """Fold batch normalisation, fill the modules, freeze and move; the loader has checked names and shapes."""
+    with torch.device("meta"):
+        model = OFA(loaded.config, folded=True)
+    folded = fold_batch_norm(loaded.tensors, loaded.config)
+    model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in folded.items()}, assign=True)
+    model.eval().requires_grad_(False)
+    model.encoder.embed_images.to(memory_format=torch.channels_last)
+    return model
+
+
+def serving_dtype(device: torch.device | str) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it natively, float32 elsewhere."""
+    if torch.device(device).type == "cpu":
+        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    else:
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast else torch.float32

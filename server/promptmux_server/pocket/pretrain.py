@@ -1,0 +1,151 @@
+"""Pretraining of `pocket` on composed scenes: `python -m promptmux_server.pocket.pretrain --help`.
+
+Owns the loop, its checkpoints and its log. A run can be killed at any time and started again with the same command; it
+goes on from the last checkpoint. The samples come from `mixture`, the numbers from `recipe`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from promptmux_server.backbone.model import OFA
+from promptmux_server.backbone.tokenizer import Tokenizer
+from promptmux_server.pocket.dataset import SceneDataset
+from promptmux_server.pocket.mixture import training_examples
+from promptmux_server.pocket.recipe import Recipe, pocket_config
+from promptmux_server.training.forward import Example, supervised_logits
+from promptmux_server.training.loss import Loss, label_smoothed_loss
+
+CHECKPOINT_EVERY = 250
+LOG_EVERY = 25
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """(B, 128, 128, 3) uint8 -> (B, 3, 128, 128) float32, normalised as `pocket` wants it (mean and std 0.5)."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+def batch_loss(model: OFA, pixels: Tensor, examples: list[Example], smoothing: float) -> Loss:
+    """Loss of one batch in bfloat16 mixed precision."""
+    with torch.autocast(pixels.device.type, torch.bfloat16):
+        logits, targets = supervised_logits(model, examples, model.image_tokens(pixels))
+    return label_smoothed_loss(logits, targets, smoothing=smoothing)
+
+
+def initialise(model: OFA) -> None:
+    """Initial weights: N(0, 0.02) for linear and embedding tables, as OFA has it, and He's for convolutions."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        elif isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+
+class Pretraining:
+    """Model, optimiser and position of a run; everything that a checkpoint holds."""
+
+    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> None:
+        self.recipe, self.tokenizer, self.folder = recipe, tokenizer, folder
+        self.step = 0
+        self.config = pocket_config(tokenizer.text_vocab_size)
+        torch.manual_seed(recipe.seed)
+        self.model = OFA(self.config, folded=False)
+        initialise(self.model)
+        self.model.train().to(memory_format=torch.channels_last)
+        decayed = [p for p in self.model.parameters() if p.ndim > 1]
+        others = [p for p in self.model.parameters() if p.ndim <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=recipe.learning_rate,
+            betas=(0.9, 0.98),
+        )
+
+    def restore(self) -> None:
+        """Go on from the checkpoint in the folder, if there is one."""
+        if not (self.folder / "checkpoint.safetensors").exists():
+            return
+        tensors = load_file(self.folder / "checkpoint.safetensors")
+        self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model/")})
+        state = self.optimizer.state_dict()
+        for name, value in tensors.items():
+            if name.startswith("optimizer/"):
+                _, index, key = name.split("/")
+                state["state"].setdefault(int(index), {})[key] = value
+        self.optimizer.load_state_dict(state)
+        self.step = int(json.loads((self.folder / "checkpoint.json").read_text())["step"])
+
+    def save(self) -> None:
+        """Write the checkpoint beside the old one and rename, so that a kill never leaves half of it."""
+        tensors = {f"model/{k}": v.contiguous() for k, v in self.model.state_dict().items()}
+        for index, entries in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{index}/{key}": value.contiguous() for key, value in entries.items()}
+        temporary = self.folder / "checkpoint.tmp"
+        save_file(tensors, temporary)
+        temporary.replace(self.folder / "checkpoint.safetensors")
+        (self.folder / "checkpoint.json").write_text(json.dumps({"step": self.step}))
+
+    def train_step(self, data: SceneDataset) -> Loss:
+        """One step; its samples depend on the seed and the step's number alone, whatever was interrupted before."""
+        rng = random.Random(self.recipe.seed * 1_000_003 + self.step)
+        chosen = [data[rng.randrange(len(data))] for _ in range(self.recipe.images)]
+        pixels = to_pixels(torch.stack([torch.from_numpy(image.copy()) for image, _ in chosen]))
+        examples = [
+            example
+            for index, (_, scene) in enumerate(chosen)
+            for example in training_examples(scene, index, self.recipe.texts, self.tokenizer, self.config, rng)
+        ]
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.rate(self.step)
+        loss = batch_loss(self.model, pixels, examples, self.recipe.smoothing)
+        loss.mean.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return loss
+
+
+def run(recipe: Recipe, tokenizer: Tokenizer, data: SceneDataset, folder: Path) -> Pretraining:
+    """Train to the recipe's last step, logging JSON lines to `train.jsonl` in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    training = Pretraining(recipe, tokenizer, folder)
+    training.restore()
+    started, total, tokens = time.monotonic(), 0.0, 0
+    with (folder / "train.jsonl").open("a") as log:
+        while training.step < recipe.steps:
+            loss = training.train_step(data)
+            total, tokens = total + float(loss.nll.detach()), tokens + loss.tokens
+            if training.step % LOG_EVERY == 0:
+                seconds = round(time.monotonic() - started, 1)
+                line = {"step": training.step, "nll": round(total / tokens, 4), "seconds": seconds}
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+                total, tokens = 0.0, 0
+            if training.step % CHECKPOINT_EVERY == 0 or training.step == recipe.steps:
+                training.save()
+    return training
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Pretrain the embedded backbone on composed scenes.")
+    parser.add_argument("--data", type=Path, default=Path("var/pocket/train"))
+    parser.add_argument("--tokenizer", type=Path, default=Path("var/pocket/tokenizer"))
+    parser.add_argument("--out", type=Path, default=Path("var/pocket/run"))
+    parser.add_argument("--steps", type=int, default=Recipe().steps)
+    arguments = parser.parse_args()
+    recipe = Recipe(steps=arguments.steps)
+    run(recipe, Tokenizer.load(arguments.tokenizer), SceneDataset(arguments.data), arguments.out)
+
+
+if __name__ == "__main__":
+    main()

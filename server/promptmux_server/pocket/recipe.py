@@ -1,0 +1,52 @@
+"""What `pocket` is made of: its shape and the numbers of its pretraining, as frozen values. Knows no data and no loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from promptmux_server.backbone.config import BackboneConfig
+
+
+def pocket_config(text_vocab_size: int) -> BackboneConfig:
+    """OFA at 5.7 M parameters: 128 px in 64 patches, four layers a side, a stem half as wide as the released one."""
+    num_bins = 128
+    return BackboneConfig(
+        name="pocket",
+        vocab_size=text_vocab_size + num_bins,
+        d_model=192,
+        ffn_dim=768,
+        heads=3,
+        encoder_layers=4,
+        decoder_layers=4,
+        resnet_blocks=(2, 2, 2),
+        resnet_width=32,
+        image_bucket_size=8,
+        token_bucket_size=64,
+        max_positions=256,
+        num_codes=0,
+        num_bins=num_bins,
+        max_image_size=128,
+        image_size=128,
+        orig_patch_image_size=128,
+        dropout=0.0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Pretraining: one step sees `images` pictures with `texts` questions each, so that the stem is shared."""
+
+    steps: int = 4000
+    images: int = 32
+    texts: int = 4
+    learning_rate: float = 1e-3
+    warmup_steps: int = 300
+    weight_decay: float = 0.02
+    clip_norm: float = 1.0
+    smoothing: float = 0.0
+    seed: int = 20261124
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step (from 0): linear warm-up, then linear decay to zero."""
+        warm = min(1.0, (step + 1) / self.warmup_steps)
+        return self.learning_rate * warm * max(0.0, 1.0 - step / self.steps)

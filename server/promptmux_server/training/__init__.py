@@ -1,0 +1,1 @@
+"""Learning prompts on a frozen backbone. Shares the forward pass with serving and nothing else with it."""

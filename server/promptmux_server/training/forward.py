@@ -1,0 +1,47 @@
+"""From training examples to supervised logits: the teacher-forced pass that every method of training shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from promptmux_kernels import PromptBatch
+from promptmux_server.backbone.config import EOS
+from promptmux_server.backbone.encoder import EncoderRow, ImageTokens
+from promptmux_server.backbone.model import OFA
+
+
+@dataclass(frozen=True)
+class Example:
+    """One supervised text: ids of source (bos ... eos), decoder prefix (bos ...) and target (without eos).
+
+    `image` indexes the pictures of the batch (None: text only), so that several texts share one pass of the stem.
+    """
+
+    source: tuple[int, ...]
+    prefix: tuple[int, ...]
+    target: tuple[int, ...]
+    image: int | None
+
+
+def supervised_logits(
+    model: OFA,
+    examples: Sequence[Example],
+    images: Sequence[ImageTokens],
+    encoder_prompts: PromptBatch | None = None,
+    decoder_prompts: PromptBatch | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Logits (T, V) at the positions that predict target tokens and eos, and those targets (T,); prefixes are not scored."""
+    rows = [EncoderRow(e.source, None if e.image is None else images[e.image]) for e in examples]
+    memory = model.remember(model.encode(rows, encoder_prompts))
+    states = model.teach([e.prefix + e.target for e in examples], memory, decoder_prompts)
+    scored, start = [], 0
+    for example in examples:
+        end = start + len(example.prefix) + len(example.target)
+        scored.extend(range(start + len(example.prefix) - 1, end))
+        start = end
+    targets = torch.tensor([token for e in examples for token in (*e.target, EOS)], device=states.device)
+    return model.logits(states[torch.tensor(scored, device=states.device)]), targets
