@@ -27,7 +27,7 @@ from promptmux_kernels.dispatch import Form
 from promptmux_prompts import Manifest, Prompt, PromptShape, read_prompt, write_prompt
 from promptmux_prompts.importers.ofa import fold_generator, split_table
 from promptmux_server.backbone.assemble import assemble
-from promptmux_server.backbone.config import BOS, EOS, PAD
+from promptmux_server.backbone.config import BOS, PAD
 from promptmux_server.backbone.encoder import EncoderRow
 from promptmux_server.backbone.model import OFA
 from promptmux_server.backbone.weights import load_backbone
@@ -103,7 +103,6 @@ class Golden:
         shape = PromptShape(config.encoder_layers, config.decoder_layers, config.heads, config.head_dim)
         manifest = Manifest.minimal(
             name="golden",
-            kind="text",
             backbone_name=config.name,
             fingerprint=self.fingerprint,
             encoder_length=sides["encoder"][0].shape[2],
@@ -158,7 +157,7 @@ def decode(golden: Golden, rows: Sequence[EncoderRow], prompts: Any, params: Dec
     """Run one search for every row in one batch."""
     candidates = [tuple(answer) for answer in golden.answers] if trie else None
     works = [
-        Work(row.source, (BOS,), row.image, make_search(params, candidates=candidates, bos=BOS, pad=PAD, eos=EOS))
+        Work(row.source, (BOS,), row.image, make_search(params, candidates=candidates))
         for row in rows
     ]
     batch = RunningBatch(golden.model, works, prompts)
@@ -173,7 +172,7 @@ def check_search(
 ) -> tuple[float, float]:
     """(rows whose best hypothesis has other tokens, largest score difference of the best hypotheses)."""
     expected = golden.cases[case][search]
-    params = params_from_fairseq(expected["args"])
+    params = params_from_fairseq(expected["args"], constrained=search.startswith("trie"))
     outcomes = decode(golden, rows, prompts, params, trie=search.startswith("trie"))
     missed, worst = 0, 0.0
     for outcome, hypotheses in zip(outcomes, expected["hypotheses"], strict=True):

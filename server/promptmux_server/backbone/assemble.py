@@ -12,7 +12,7 @@ def assemble(loaded: LoadedBackbone, *, dtype: torch.dtype, device: torch.device
     """Fold batch normalisation, fill the modules, freeze and move; the loader has checked names and shapes."""
     with torch.device("meta"):
         model = OFA(loaded.config, folded=True)
-    folded = fold_batch_norm(loaded.tensors, loaded.config)
+    folded = fold_batch_norm(loaded.tensors)
     model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in folded.items()}, assign=True)
     model.eval().requires_grad_(False)
     model.encoder.embed_images.to(memory_format=torch.channels_last)

@@ -48,13 +48,12 @@ class _Live:
 
 
 class RunningBatch:
-    """A batch between its encoder pass and its last beam. `failed` and `finished` hold rows of the batch."""
+    """A batch between its encoder pass and its last beam."""
 
     def __init__(self, model: OFA, works: Sequence[Work], prompts: BatchPrompts) -> None:
         self.works = tuple(works)
-        self.finished: set[int] = set()
-        self.failed: set[int] = set()
-        self.steps = 0
+        self._finished: list[int] = []
+        self._failed: list[int] = []
         self._model = model
         self._prompts = prompts
         rows = [EncoderRow(work.source, work.image) for work in works]
@@ -65,6 +64,16 @@ class RunningBatch:
     @property
     def live_rows(self) -> list[int]:
         return [live.row for live in self._live]
+
+    def take_finished(self) -> list[int]:
+        """Rows whose search ended since the last call."""
+        rows, self._finished = self._finished, []
+        return rows
+
+    def take_failed(self) -> list[int]:
+        """Rows whose logits turned non-finite since the last call."""
+        rows, self._failed = self._failed, []
+        return rows
 
     def prefill(self) -> None:
         """Run every row's decoder prefix and let its search choose the first tokens."""
@@ -101,7 +110,6 @@ class RunningBatch:
         logits = self._model.logits(states).float()  # (R, V)
         for row, history, own in zip(rows, histories, logits.split(widths), strict=True):
             self._advance(row, history, own)
-        self.steps += 1
 
     def drop(self, rows: set[int]) -> None:
         """Stop computing these rows; the others are not affected."""
@@ -111,10 +119,10 @@ class RunningBatch:
         try:
             step = self.works[row].search.advance(logits)
         except NonFiniteLogits:
-            self.failed.add(row)
+            self._failed.append(row)
             return
         if step is None:
-            self.finished.add(row)
+            self._finished.append(row)
         else:
             self._live.append(_Live(row, history, step))
 

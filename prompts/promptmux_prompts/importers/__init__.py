@@ -1,0 +1,1 @@
+"""Prompts from other programs' files."""

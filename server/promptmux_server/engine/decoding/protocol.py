@@ -1,0 +1,46 @@
+"""What the runner and a search say to each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from promptmux_server.tasks.decoding import Outcome
+
+
+class NonFiniteLogits(Exception):
+    """The model gave NaN or +Inf for this request: it fails, its neighbours don't."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """The rows to run next: row i feeds `tokens[i]` and descends from row `parents[i]` of the step before."""
+
+    tokens: tuple[int, ...]
+    parents: tuple[int, ...]
+
+
+class Search(Protocol):
+    """One request's search. The first call gets one row: the logits behind the decoder prefix."""
+
+    @property
+    def width(self) -> int:
+        """The most rows that one step may ask for."""
+
+    def advance(self, logits: Tensor) -> Step | None:
+        """Take the logits (rows, V) float32 of the rows asked for last; None means finished.
+
+        Raises NonFiniteLogits.
+        """
+
+    def outcome(self) -> Outcome:
+        """What was found; call it once `advance` has returned None."""
+
+
+def check_finite(logits: Tensor) -> None:
+    """Raise NonFiniteLogits unless every logit is finite."""
+    if not bool(torch.isfinite(logits).all()):
+        raise NonFiniteLogits
