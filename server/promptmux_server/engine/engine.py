@@ -278,13 +278,13 @@ class Engine:
         outcome = batch.works[row].search.outcome()
         image = ticket.request.image
         size = (image.width, image.height) if image else None
-        output = decode_outcome(ticket.task.spec, self._tokenizer, ticket.item, outcome, size)
+        output, score = decode_outcome(ticket.task.spec, self._tokenizer, outcome, size)
         now = time.monotonic()
         encoded = clock.marks["encode"]
         return Answer(
             task=ticket.task.ref.name,
             output=output,
-            score=outcome.hypotheses[0].score,
+            score=score,
             prompt=ticket.task.ref,
             timings_ms={
                 "queue": _ms(ticket.started - ticket.admitted),

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from promptmux_prompts import DirectoryReport, Prompt, PromptShape, scan_directory
+from promptmux_prompts import DirectoryReport, Prompt, PromptFileError, PromptShape, scan_directory
 from promptmux_server.backbone.config import BackboneConfig
 from promptmux_server.engine.prompt_table import PromptPools, Residence
 from promptmux_server.engine.request import PromptRef, ReloadReport, TaskProblem, TaskStatus
@@ -69,34 +69,39 @@ class Registry:
             return self._adopt(found)
 
     def _adopt(self, found: DirectoryReport) -> ReloadReport:
+        """Serve what is new, retire what is gone; a name whose file turned bad keeps its good version."""
         before = {name: task.ref.sha256 for name, task in self._state.served.items()}
-        self._state.refused = {
-            entry.name: TaskProblem(entry.code, entry.message) for entry in found.refused if entry.name not in before
-        }
-        kept = {entry.name for entry in found.refused}
+        refused = {entry.name: TaskProblem(entry.code, entry.message) for entry in found.refused}
+        after: dict[str, str] = {}
         for prompt in found.prompts:
-            if before.get(prompt.manifest.name) != prompt.digest:
-                self._serve(prompt)
-        names = {prompt.manifest.name for prompt in found.prompts}
-        removed = before.keys() - names - kept
+            name = prompt.manifest.name
+            try:
+                if before.get(name) != prompt.digest:
+                    self._serve(prompt)
+                after[name] = prompt.digest
+            except PromptFileError as error:
+                refused[name] = TaskProblem(error.code, str(error))
+        removed = sorted(before.keys() - after.keys() - refused.keys())
         for name in removed:
             self._retire(self._state.served.pop(name))
+        self._state.refused = {name: problem for name, problem in refused.items() if name not in before}
         return ReloadReport(
-            added=tuple(sorted(names - before.keys())),
-            changed=tuple(sorted(p.manifest.name for p in found.prompts if before.get(p.manifest.name, p.digest) != p.digest)),
-            removed=tuple(sorted(removed)),
-            unchanged=tuple(sorted(p.manifest.name for p in found.prompts if before.get(p.manifest.name) == p.digest)),
-            refused={entry.name: TaskProblem(entry.code, entry.message) for entry in found.refused},
+            added=tuple(sorted(after.keys() - before.keys())),
+            changed=tuple(sorted(n for n, digest in after.items() if before.get(n, digest) != digest)),
+            removed=tuple(removed),
+            unchanged=tuple(sorted(n for n, digest in after.items() if before.get(n) == digest)),
+            refused=refused,
         )
 
     def _serve(self, prompt: Prompt) -> None:
         name = prompt.manifest.name
+        spec = TaskSpec.from_manifest(prompt.manifest, self._config)
         usage = self._state.usage.setdefault(name, _Usage())
         usage.version += 1
         tensors = (prompt.encoder_key, prompt.encoder_value, prompt.decoder_key, prompt.decoder_value)
         task = ServedTask(
             ref=PromptRef(name, usage.version, prompt.digest),
-            spec=TaskSpec.from_manifest(prompt.manifest, self._config),
+            spec=spec,
             residence=self._pools.store(prompt),
             bytes=sum(tensor.nbytes for tensor in tensors),
             metric=dict(prompt.manifest.metric) if prompt.manifest.metric else None,

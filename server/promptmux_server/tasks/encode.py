@@ -1,0 +1,55 @@
+"""From a user's text to token ids: instruction, decoder prefix, and the closed answer set where a task has one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from promptmux_server.backbone.config import BOS
+from promptmux_server.backbone.tokenizer import Tokenizer
+from promptmux_server.errors import InvalidParameter
+from promptmux_server.tasks.spec import TaskSpec
+from promptmux_server.tasks.text import as_question, clean
+
+MAX_TEXT_CHARACTERS = 4096
+
+
+@dataclass(frozen=True)
+class EncodedItem:
+    """Encoder ids (bos ... eos), decoder prefix (bos ...), and the answers to choose from, in the manifest's order."""
+
+    source_ids: tuple[int, ...]
+    prefix_ids: tuple[int, ...]
+    candidates: tuple[tuple[int, ...], ...] | None
+
+
+def encode_item(spec: TaskSpec, tokenizer: Tokenizer, text: str | None, premise: str | None) -> EncodedItem:
+    """Raises InvalidParameter for a text that the task needs, does not take, or that is too long."""
+    filled = {
+        "text": _checked("text", text, spec.takes_text),
+        "premise": _checked("premise", premise, spec.manifest.takes_premise),
+    }
+    if spec.kind == "answer" and text is not None:
+        filled["text"] = as_question(filled["text"])
+    source = spec.manifest.instruction
+    for name, value in filled.items():
+        source = source.replace("{" + name + "}", value)
+    source_ids = tokenizer.source_ids(source)
+    prefix = source_ids[:-1] if spec.manifest.decoder_input == "source" else [BOS]
+    answers = spec.manifest.answers
+    candidates = None if answers is None else tuple(tuple(tokenizer.encode(f" {answer}")) for answer in answers)
+    return EncodedItem(tuple(source_ids), tuple(prefix), candidates)
+
+
+def _checked(name: str, value: str | None, wanted: bool) -> str:
+    if value is None:
+        if wanted:
+            raise InvalidParameter(f"This task needs `{name}`; see its instruction in GET /v1/tasks.", param=name)
+        return ""
+    if not wanted:
+        raise InvalidParameter(f"This task takes no `{name}`: leave it out.", param=name)
+    if len(value) > MAX_TEXT_CHARACTERS:
+        raise InvalidParameter(f"`{name}` has more than {MAX_TEXT_CHARACTERS} characters.", param=name)
+    cleaned = clean(value)
+    if not cleaned:
+        raise InvalidParameter(f"`{name}` is empty.", param=name)
+    return cleaned
