@@ -5,11 +5,18 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from promptmux_server.backbone.config import BOS, EOS, BackboneConfig
 from promptmux_server.backbone.tokenizer import Tokenizer
 from promptmux_server.pocket.samples import Part, pretrain_samples
 from promptmux_server.pocket.scenes import Scene
 from promptmux_server.training.forward import Example
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """(B, 128, 128, 3) uint8 -> (B, 3, 128, 128) float32, normalised as `pocket` wants it (mean and std 0.5)."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
 def part_ids(parts: Sequence[Part], tokenizer: Tokenizer, config: BackboneConfig) -> tuple[int, ...]:

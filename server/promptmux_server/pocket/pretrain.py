@@ -14,13 +14,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from promptmux_server.backbone.model import OFA
 from promptmux_server.backbone.tokenizer import Tokenizer
 from promptmux_server.pocket.dataset import SceneDataset
-from promptmux_server.pocket.mixture import training_examples
-from promptmux_server.pocket.recipe import Recipe, pocket_config
+from promptmux_server.pocket.mixture import to_pixels, training_examples
+from promptmux_server.pocket.recipe import NUM_BINS, Recipe, initialise, pocket_config
 from promptmux_server.training.forward import Example, supervised_logits
 from promptmux_server.training.loss import Loss, label_smoothed_loss
 
@@ -28,39 +27,24 @@ CHECKPOINT_EVERY = 250
 LOG_EVERY = 25
 
 
-def to_pixels(images: Tensor) -> Tensor:
-    """(B, 128, 128, 3) uint8 -> (B, 3, 128, 128) float32, normalised as `pocket` wants it (mean and std 0.5)."""
-    return images.permute(0, 3, 1, 2).float() / 127.5 - 1.0
-
-
-def batch_loss(model: OFA, pixels: Tensor, examples: list[Example], smoothing: float) -> Loss:
+def batch_loss(model: OFA, pixels: torch.Tensor, examples: list[Example], smoothing: float) -> Loss:
     """Loss of one batch in bfloat16 mixed precision."""
     with torch.autocast(pixels.device.type, torch.bfloat16):
         logits, targets = supervised_logits(model, examples, model.image_tokens(pixels))
     return label_smoothed_loss(logits, targets, smoothing=smoothing)
 
 
-def initialise(model: OFA) -> None:
-    """Initial weights: N(0, 0.02) for linear and embedding tables, as OFA has it, and He's for convolutions."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
-        elif isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        if isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
-
-
 class Pretraining:
     """Model, optimiser and position of a run; everything that a checkpoint holds."""
 
-    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> None:
+    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, stem: Path, folder: Path) -> None:
         self.recipe, self.tokenizer, self.folder = recipe, tokenizer, folder
         self.step = 0
         self.config = pocket_config(tokenizer.text_vocab_size)
         torch.manual_seed(recipe.seed)
         self.model = OFA(self.config, folded=False)
         initialise(self.model)
+        self.model.encoder.embed_images.load_state_dict(load_file(stem))
         self.model.train().to(memory_format=torch.channels_last)
         decayed = [p for p in self.model.parameters() if p.ndim > 1]
         others = [p for p in self.model.parameters() if p.ndim <= 1]
@@ -115,10 +99,10 @@ class Pretraining:
         return loss
 
 
-def run(recipe: Recipe, tokenizer: Tokenizer, data: SceneDataset, folder: Path) -> Pretraining:
+def run(recipe: Recipe, tokenizer: Tokenizer, data: SceneDataset, stem: Path, folder: Path) -> Pretraining:
     """Train to the recipe's last step, logging JSON lines to `train.jsonl` in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    training = Pretraining(recipe, tokenizer, folder)
+    training = Pretraining(recipe, tokenizer, stem, folder)
     training.restore()
     started, total, tokens = time.monotonic(), 0.0, 0
     with (folder / "train.jsonl").open("a") as log:
@@ -140,11 +124,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Pretrain the embedded backbone on composed scenes.")
     parser.add_argument("--data", type=Path, default=Path("var/pocket/train"))
     parser.add_argument("--tokenizer", type=Path, default=Path("var/pocket/tokenizer"))
+    parser.add_argument("--stem", type=Path, default=Path("var/pocket/stem.safetensors"))
     parser.add_argument("--out", type=Path, default=Path("var/pocket/run"))
     parser.add_argument("--steps", type=int, default=Recipe().steps)
     arguments = parser.parse_args()
     recipe = Recipe(steps=arguments.steps)
-    run(recipe, Tokenizer.load(arguments.tokenizer), SceneDataset(arguments.data), arguments.out)
+    tokenizer = Tokenizer.load(arguments.tokenizer, num_codes=0, num_bins=NUM_BINS)
+    run(recipe, tokenizer, SceneDataset(arguments.data), arguments.stem, arguments.out)
 
 
 if __name__ == "__main__":

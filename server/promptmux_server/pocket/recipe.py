@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from promptmux_server.backbone.config import BackboneConfig
+
+
+NUM_BINS = 128
+"""Location symbols: one a pixel."""
 
 
 def pocket_config(text_vocab_size: int) -> BackboneConfig:
     """OFA at 5.7 M parameters: 128 px in 64 patches, four layers a side, a stem half as wide as the released one."""
-    num_bins = 128
     return BackboneConfig(
         name="pocket",
-        vocab_size=text_vocab_size + num_bins,
+        vocab_size=text_vocab_size + NUM_BINS,
         d_model=192,
         ffn_dim=768,
         heads=3,
@@ -24,7 +29,7 @@ def pocket_config(text_vocab_size: int) -> BackboneConfig:
         token_bucket_size=64,
         max_positions=256,
         num_codes=0,
-        num_bins=num_bins,
+        num_bins=NUM_BINS,
         max_image_size=128,
         image_size=128,
         orig_patch_image_size=128,
@@ -36,7 +41,7 @@ def pocket_config(text_vocab_size: int) -> BackboneConfig:
 class Recipe:
     """Pretraining: one step sees `images` pictures with `texts` questions each, so that the stem is shared."""
 
-    steps: int = 4000
+    steps: int = 2600
     images: int = 32
     texts: int = 4
     learning_rate: float = 1e-3
@@ -50,3 +55,14 @@ class Recipe:
         """Learning rate of a step (from 0): linear warm-up, then linear decay to zero."""
         warm = min(1.0, (step + 1) / self.warmup_steps)
         return self.learning_rate * warm * max(0.0, 1.0 - step / self.steps)
+
+
+def initialise(model: nn.Module) -> None:
+    """Initial weights: N(0, 0.02) for linear and embedding tables, as OFA has it, and He's for convolutions."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        elif isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)

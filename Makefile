@@ -1,0 +1,51 @@
+# One command per habit. `make demo` and `make test` need Python 3.11 or newer, make and a package registry, nothing else.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+SOURCES := kernels/promptmux_kernels prompts/promptmux_prompts server/promptmux_server clients/python/promptmux
+CHECKED := $(SOURCES) tests clients/python/tests benchmarks examples
+.PHONY: install format lint types test bench demo serve soak art scenes pretrain library
+
+install: .venv/installed
+.venv/installed: pyproject.toml clients/python/pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv && $(BIN)/python -m pip install -q -c constraints.txt pip torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e clients/python -e '.[dev]' && touch $@
+
+format: install
+	$(BIN)/ruff check -q --fix $(CHECKED) && $(BIN)/ruff format -q $(CHECKED)
+
+lint: install
+	$(BIN)/ruff check $(CHECKED) && $(BIN)/ruff format --check $(CHECKED) && $(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/test_layout.py
+
+types: install
+	$(BIN)/mypy $(SOURCES)
+
+test: install
+	$(BIN)/python -m pytest -n 2
+
+bench: install
+	$(BIN)/python benchmarks/ofa_base_picture.py
+
+demo: install
+	$(BIN)/python examples/demo.py
+
+serve: install
+	$(BIN)/promptmux serve
+
+soak: install
+	PROMPTMUX_SOAK=1 $(BIN)/python -m pytest -n 2 tests/api
+
+# How the embedded backbone is made, in this order; only `art` needs npm.
+art:
+	mkdir -p var/art && cd var/art && npm pack --silent @lobehub/fluent-emoji-3d@1.1.0 && tar xzf *fluent-emoji-3d*.tgz --strip-components=1
+
+scenes: install
+	$(BIN)/python -m promptmux_server.pocket.dataset --split train --shards 60 --out var/pocket/train
+	$(BIN)/python -m promptmux_server.pocket.dataset --split heldout --shards 2 --out var/pocket/heldout
+
+pretrain: install
+	$(BIN)/python -m promptmux_server.pocket.vocabulary && $(BIN)/python -m promptmux_server.pocket.stem
+	$(BIN)/python -m promptmux_server.pocket.pretrain && $(BIN)/python -m promptmux_server.pocket.export
+
+library: install
+	$(BIN)/python -m promptmux_server.pocket.library

@@ -1,0 +1,115 @@
+"""Requests built and responses read: everything that the two clients share. Nothing here sends anything."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import httpx2
+from pydantic import ValidationError
+
+from promptmux._errors import BY_CODE, APIStatusError, ServerError, class_for
+from promptmux._images import to_base64
+from promptmux._models import Answer, Item, Task
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+TIMEOUT_S = 70.0
+"""A little more than the longest deadline a server grants."""
+
+
+def client_options(base_url: str | None, api_key: str | None, timeout_s: float) -> dict[str, Any]:
+    """Keyword arguments of httpx2's clients; PROMPTMUX_URL and PROMPTMUX_API_KEY are the defaults."""
+    key = api_key or os.environ.get("PROMPTMUX_API_KEY")
+    return {
+        "base_url": base_url or os.environ.get("PROMPTMUX_URL") or DEFAULT_URL,
+        "headers": {"Authorization": f"Bearer {key}"} if key else {},
+        "timeout": timeout_s,
+    }
+
+
+def predict_body(items: Sequence[Item], deadline_ms: int | None) -> dict[str, Any]:
+    body: dict[str, Any] = {"items": [_item(item) for item in items]}
+    if deadline_ms is not None:
+        body["deadline_ms"] = deadline_ms
+    return body
+
+
+def _item(item: Item) -> dict[str, Any]:
+    fields = {
+        "id": item.id,
+        "task": item.task,
+        "image": None if item.image is None else to_base64(item.image),
+        "text": item.text,
+        "premise": item.premise,
+        "decoding": None if item.decoding is None else dict(item.decoding),
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def read_answers(response: httpx2.Response) -> list[Answer]:
+    """Raises the class of the response's status, or ServerError for a body that is not ours."""
+    raw = _read(response)
+    try:
+        return [Answer.model_validate(answer) for answer in raw["answers"]]
+    except (KeyError, TypeError, ValidationError) as error:
+        raise ServerError("The server's answer is not understood.", status=response.status_code) from error
+
+
+def read_tasks(response: httpx2.Response) -> list[Task]:
+    raw = _read(response)
+    try:
+        return [Task.model_validate(task) for task in raw["tasks"]]
+    except (KeyError, TypeError, ValidationError) as error:
+        raise ServerError("The server's answer is not understood.", status=response.status_code) from error
+
+
+def read_object(response: httpx2.Response) -> dict[str, Any]:
+    return _read(response)
+
+
+def only_answer(answers: Sequence[Answer]) -> Answer:
+    """The answer of a single item; raises its error."""
+    answer = answers[0]
+    if answer.error is not None:
+        error = answer.error
+        raise BY_CODE.get(error.code, APIStatusError)(
+            error.message,
+            status=200,
+            code=error.code,
+            param=error.param,
+            request_id=error.request_id,
+            retryable=error.retryable,
+        )
+    return answer
+
+
+def _read(response: httpx2.Response) -> dict[str, Any]:
+    if response.is_success:
+        try:
+            raw = response.json()
+        except ValueError as error:
+            raise ServerError("The server's answer is not JSON.", status=response.status_code) from error
+        if isinstance(raw, dict):
+            return raw
+        raise ServerError("The server's answer is not understood.", status=response.status_code)
+    raise_for(response)
+
+
+def raise_for(response: httpx2.Response) -> NoReturn:
+    """Raise the error that a response carries; a proxy's page without our body gives its status alone."""
+    try:
+        raw = response.json()
+    except ValueError:
+        raw = None
+    raw = raw if isinstance(raw, dict) else {}
+    error = raw.get("error") if isinstance(raw.get("error"), dict) else {}
+    assert isinstance(error, dict)
+    raise class_for(response.status_code)(
+        str(error.get("message") or raw.get("detail") or f"HTTP status {response.status_code}"),
+        status=response.status_code,
+        code=str(error.get("code") or "unknown"),
+        param=error.get("param"),
+        request_id=error.get("request_id") or response.headers.get("x-request-id"),
+        retryable=bool(error.get("retryable", False)),
+    )

@@ -1,0 +1,107 @@
+"""The application: routes, their documentation, and the edge around them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import anyio
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp
+
+from promptmux_server.api.edge import Edge
+from promptmux_server.api.errors import handle
+from promptmux_server.api.metrics import Metrics
+from promptmux_server.api.predict import Predictor
+from promptmux_server.api.schemas import PredictRequest
+from promptmux_server.engine.request import EnginePort
+from promptmux_server.errors import BackendUnhealthy, Draining, PromptNotFound
+from promptmux_server.settings import Settings
+
+
+@dataclass
+class Lifecycle:
+    """Whether the process is on its way out; set by the signal handler, read by /readyz."""
+
+    draining: bool = False
+
+
+@dataclass(frozen=True)
+class Application:
+    """The ASGI application with what the process around it needs."""
+
+    asgi: ASGIApp
+    metrics: Metrics
+    lifecycle: Lifecycle
+
+
+def build_app(engine: EnginePort, settings: Settings, backbone_name: str) -> Application:
+    """Wire the routes to an engine; no thread and no socket is opened here."""
+    metrics, lifecycle = Metrics(engine), Lifecycle()
+    app = FastAPI(
+        title="promptmux",
+        version=settings.version,
+        description="Many prompt-tuned tasks on one frozen backbone, in one batch.",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        exception_handlers={HTTPException: handle, Exception: handle},
+    )
+    predictor = Predictor(engine, settings, metrics)
+
+    @app.post(
+        "/v1/predict",
+        summary="Answer items of any tasks in one batch",
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {"application/json": {"schema": PredictRequest.model_json_schema()}},
+            }
+        },
+    )
+    async def predict(request: Request) -> Response:
+        return await predictor(request)
+
+    @app.get("/v1/tasks", summary="Every task, served or refused")
+    async def tasks() -> JSONResponse:
+        return JSONResponse({"tasks": [asdict(status) for status in engine.tasks()]})
+
+    @app.get("/v1/tasks/{name}", summary="One task")
+    async def task(name: str) -> JSONResponse:
+        for status in engine.tasks():
+            if status.name == name:
+                return JSONResponse(asdict(status))
+        raise PromptNotFound("No such task. GET /v1/tasks lists those that are served.", param="name")
+
+    @app.post("/v1/tasks:reload", summary="Read the prompt directory again")
+    async def reload() -> JSONResponse:
+        return JSONResponse(asdict(await anyio.to_thread.run_sync(engine.reload)))
+
+    _add_health(app, engine, settings, lifecycle, backbone_name)
+    return Application(Edge(app, settings, metrics), metrics, lifecycle)
+
+
+def _add_health(
+    app: FastAPI, engine: EnginePort, settings: Settings, lifecycle: Lifecycle, backbone_name: str
+) -> None:
+    @app.get("/livez", summary="The process works")
+    async def livez() -> JSONResponse:
+        if not engine.live():
+            raise BackendUnhealthy("The engine has stopped.", retry_after_s=10)
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/readyz", summary="Requests are welcome")
+    async def readyz() -> JSONResponse:
+        if lifecycle.draining:
+            raise Draining("The server is shutting down.", retry_after_s=5)
+        if not engine.ready():
+            raise BackendUnhealthy("The engine is not ready.", retry_after_s=5)
+        return JSONResponse({"status": "ok"})
+
+    app.get("/health", summary="The same as /readyz")(readyz)
+
+    @app.get("/version", summary="Versions of server and backbone")
+    async def version() -> JSONResponse:
+        return JSONResponse({"version": settings.version, "backbone": backbone_name})

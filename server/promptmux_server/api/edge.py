@@ -1,0 +1,112 @@
+"""What every request passes before a route sees it: id, header size, authentication, body size, one log line.
+
+Pure ASGI: a wrapping middleware would hide a client's departure from the routes. Order matters: nothing of a body is read
+before the key is checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+import time
+import uuid
+from collections.abc import Iterable
+
+import structlog
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from promptmux_server.api.errors import error_response
+from promptmux_server.api.metrics import Metrics
+from promptmux_server.errors import BadRequest, BodyTooLarge, HeaderTooLarge, PromptmuxError, Unauthorized
+from promptmux_server.settings import Settings
+
+OPEN_ROUTES = frozenset({"/livez", "/readyz"})
+"""Answered without a key."""
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+log = structlog.get_logger(__name__)
+
+Headers = Iterable[tuple[bytes, bytes]]
+
+
+class Edge:
+    """Wraps the application; see the module's header."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
+        self._app, self._settings, self._metrics = app, settings, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.monotonic()
+        request_id = _request_id(scope["headers"])
+        scope["promptmux.request_id"] = request_id
+        status = 499  # unless an answer is begun
+        counted = _CappedBody(receive, self._settings.max_body_bytes)
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            self._check(scope)
+            await self._app(scope, counted, answer)
+        except PromptmuxError as error:
+            await error_response(error, request_id)(scope, receive, answer)
+        finally:
+            seconds = time.monotonic() - started
+            self._metrics.http(scope, status, seconds)
+            log.info(
+                "request", request_id=request_id, method=scope["method"], status=status, ms=round(1000 * seconds, 1)
+            )
+
+    def _check(self, scope: Scope) -> None:
+        headers: list[tuple[bytes, bytes]] = scope["headers"]
+        size = len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(k) + len(v) + 4 for k, v in headers)
+        if size > self._settings.max_header_bytes:
+            raise HeaderTooLarge(f"Request line and headers exceed {self._settings.max_header_bytes} bytes.")
+        if self._settings.api_key_sha256 is not None and scope["path"] not in OPEN_ROUTES:
+            _check_key(headers, self._settings.api_key_sha256)
+        for name, value in headers:
+            if name == b"content-length" and value.isdigit() and int(value) > self._settings.max_body_bytes:
+                raise BodyTooLarge(f"The body exceeds {self._settings.max_body_bytes} bytes.")
+            if name == b"content-encoding" and value.lower() not in (b"", b"identity"):
+                raise BadRequest("Compressed bodies are not accepted.")
+
+
+class _CappedBody:
+    """Counts the bytes of a body as they come in; raises BodyTooLarge at the first too many."""
+
+    def __init__(self, receive: Receive, limit: int) -> None:
+        self._receive, self._left = receive, limit
+
+    async def __call__(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.request":
+            self._left -= len(message.get("body", b""))
+            if self._left < 0:
+                raise BodyTooLarge("The body is larger than this server accepts.")
+        return message
+
+
+def _request_id(headers: Headers) -> str:
+    """The caller's X-Request-Id if it is harmless, else a new one."""
+    for name, value in headers:
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(text := value.decode("latin-1")):
+            return text
+    return uuid.uuid4().hex
+
+
+def _check_key(headers: Headers, expected_sha256: str) -> None:
+    given = [value for name, value in headers if name == b"authorization"]
+    if len(given) == 1 and given[0][:7].lower() == b"bearer ":
+        digest = hashlib.sha256(given[0][7:].strip()).hexdigest()
+        if secrets.compare_digest(digest, expected_sha256):
+            return
+    raise Unauthorized("Send the server's key as `Authorization: Bearer KEY`.")

@@ -1,0 +1,86 @@
+"""The one place that turns an exception into an HTTP answer.
+
+The body is an RFC 9457 problem and OpenAI's error object at once, so that either kind of client understands it. It never
+repeats what was sent and never names a path.
+"""
+
+from __future__ import annotations
+
+import http
+import json
+from typing import Any
+
+import structlog
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from promptmux_prompts import PromptFileError
+from promptmux_server.errors import (
+    BadRequest,
+    Internal,
+    InvalidParameter,
+    MethodNotAllowed,
+    PromptmuxError,
+    RouteNotFound,
+)
+
+MAX_MESSAGE = 300
+
+log = structlog.get_logger(__name__)
+
+
+def request_id_of(scope: Any) -> str:
+    """The id that the edge middleware gave this request."""
+    found: str = scope.get("promptmux.request_id", "")
+    return found
+
+
+def as_promptmux_error(error: BaseException) -> PromptmuxError:
+    """Any exception as a member of our tree; what we do not know becomes an opaque `internal`."""
+    if isinstance(error, PromptmuxError):
+        return error
+    if isinstance(error, PromptFileError):
+        return InvalidParameter(str(error))
+    if isinstance(error, HTTPException):
+        if error.status_code == http.HTTPStatus.NOT_FOUND:
+            return RouteNotFound("There is no such route; see /openapi.json.")
+        if error.status_code == http.HTTPStatus.METHOD_NOT_ALLOWED:
+            return MethodNotAllowed("This route has no such method; see /openapi.json.")
+        return BadRequest("The request cannot be understood.")
+    return Internal("The server failed on this request; it is logged under its request id.")
+
+
+def error_object(error: PromptmuxError, request_id: str) -> dict[str, Any]:
+    """The `error` member of an answer or of one item."""
+    return {
+        "code": error.code,
+        "message": error.message[:MAX_MESSAGE],
+        "type": "invalid_request_error" if error.status < 500 else "server_error",
+        "param": error.param,
+        "request_id": request_id,
+        "retryable": error.retryable,
+    }
+
+
+def error_response(error: PromptmuxError, request_id: str) -> Response:
+    body = {
+        "type": f"urn:promptmux:error:{error.code}",
+        "title": error.code.replace("_", " "),
+        "status": error.status,
+        "detail": error.message[:MAX_MESSAGE],
+        "instance": f"urn:promptmux:request:{request_id}",
+        "error": error_object(error, request_id),
+    }
+    headers = {}
+    if error.status in (429, 503):
+        headers["Retry-After"] = str(error.retry_after_s or 1)
+    return Response(json.dumps(body, allow_nan=False), error.status, headers, "application/json")
+
+
+async def handle(request: Request, error: Exception) -> Response:
+    """Starlette's exception handler for everything."""
+    known = as_promptmux_error(error)
+    if isinstance(known, Internal):
+        log.error("request failed", request_id=request_id_of(request.scope), exc_info=error)
+    return error_response(known, request_id_of(request.scope))

@@ -1,0 +1,65 @@
+"""Prometheus metrics, on a registry of their own. Labels come from closed sets: routes, and tasks that are served."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from starlette.types import Scope
+
+from promptmux_server.engine.request import EnginePort
+
+BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+OTHER = "other"
+
+
+class Metrics:
+    """What the server counts; `registry` is what /metrics shows."""
+
+    def __init__(self, engine: EnginePort) -> None:
+        self.registry = CollectorRegistry()
+        self._engine = engine
+        self._http = Counter(
+            "promptmux_http_requests", "Answers by route and status.", ["route", "status"], registry=self.registry
+        )
+        self._latency = Histogram(
+            "promptmux_http_request_seconds", "Time to answer.", ["route"], buckets=BUCKETS_S, registry=self.registry
+        )
+        self._items = Counter(
+            "promptmux_items", "Items answered, by task and outcome.", ["task", "outcome"], registry=self.registry
+        )
+        self._stages = Histogram(
+            "promptmux_item_stage_seconds",
+            "Time of an item in each stage.",
+            ["task", "stage"],
+            buckets=BUCKETS_S,
+            registry=self.registry,
+        )
+        self.registry.register(_LoadCollector(engine))
+
+    def http(self, scope: Scope, status: int, seconds: float) -> None:
+        """Count one answer; a path that is no route counts as one route, `other`."""
+        route = getattr(scope.get("route"), "path", OTHER)
+        self._http.labels(route, str(status)).inc()
+        self._latency.labels(route).observe(seconds)
+
+    def item(self, task: str, outcome: str, timings_ms: Mapping[str, float]) -> None:
+        """Count one item: `outcome` is "ok" or an error code; names that are not served count as one task."""
+        label = task if any(task == status.name for status in self._engine.tasks()) else OTHER
+        self._items.labels(label, outcome).inc()
+        for stage, milliseconds in timings_ms.items():
+            self._stages.labels(label, stage).observe(milliseconds / 1000.0)
+
+
+class _LoadCollector(Collector):
+    """The engine's load, asked for when /metrics is read."""
+
+    def __init__(self, engine: EnginePort) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        load = self._engine.load()
+        yield GaugeMetricFamily("promptmux_num_requests_waiting", "Items in the queue.", value=load.waiting)
+        yield GaugeMetricFamily("promptmux_num_requests_running", "Items in the running batch.", value=load.running)

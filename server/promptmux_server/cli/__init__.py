@@ -1,0 +1,18 @@
+"""The command line. Each command imports what it needs when it runs, so that `--help` needs no torch."""
+
+from __future__ import annotations
+
+import typer
+
+from promptmux_server.cli import ask, converting, serving
+
+app = typer.Typer(
+    name="promptmux",
+    help="Many prompt-tuned tasks on one frozen multimodal backbone, in one batch.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+)
+serving.register(app)
+ask.register(app)
+converting.register(app)

@@ -1,0 +1,32 @@
+"""How commands speak: tables for people, JSON for programs, and errors that end with status 1."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+UrlOption = Annotated[str, typer.Option("--url", help="The server's address.", envvar="PROMPTMUX_URL")]
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+def print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, allow_nan=False))
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(*columns, box=None, header_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def fail(message: str) -> NoReturn:
+    """Say what went wrong on standard error and end with status 1."""
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(1)

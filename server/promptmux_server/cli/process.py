@@ -1,0 +1,87 @@
+"""From settings to a serving process: load the backbone, start the engine, run the application."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+from pathlib import Path
+
+import structlog
+import torch
+
+from promptmux_server.api.app import build_app
+from promptmux_server.api.serving import serve
+from promptmux_server.backbone.assemble import assemble, serving_dtype
+from promptmux_server.backbone.tokenizer import Tokenizer
+from promptmux_server.backbone.weights import load_backbone
+from promptmux_server.engine.engine import Engine
+from promptmux_server.errors import BackboneFileError, BackboneNotFound
+from promptmux_server.pocket import LIBRARY, WEIGHTS
+from promptmux_server.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+
+def run_server(settings: Settings) -> None:
+    """Serve until a signal ends the process. Raises BackboneError."""
+    configure_logging()
+    engine, name = build_engine(settings)
+    report = engine.start()
+    for task, problem in report.refused.items():
+        log.warning("prompt refused", task=task, code=problem.code, reason=problem.message)
+    log.info("serving", backbone=name, tasks=len(report.added), host=settings.host, port=settings.port)
+    serve(build_app(engine, settings, name), engine, settings)
+
+
+def build_engine(settings: Settings) -> tuple[Engine, str]:
+    """The engine of these settings, not started, and its backbone's name."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
+    dtype = serving_dtype(device) if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    backbone = load_backbone(WEIGHTS if settings.backbone == "pocket" else Path(settings.backbone))
+    if backbone.tokenizer_dir is None:
+        raise BackboneFileError("The backbone has no tokenizer: put vocab.json and merges.txt beside its weights.")
+    config = backbone.config
+    tokenizer = Tokenizer.load(backbone.tokenizer_dir, num_codes=config.num_codes, num_bins=config.num_bins)
+    if tokenizer.first_bin_id != config.first_bin_id:
+        raise BackboneFileError("The tokenizer's vocabulary is not the size that the backbone's configuration says.")
+    engine = Engine(
+        assemble(backbone, dtype=dtype, device=device),
+        tokenizer,
+        backbone.fingerprint,
+        prompt_directory(settings),
+        queue_size=settings.queue_size,
+        max_batch=settings.max_batch,
+    )
+    return engine, config.name
+
+
+def prompt_directory(settings: Settings) -> Path:
+    """The directory asked for; by default the shipped prompts, copied once to where they may be changed."""
+    if settings.prompts is not None:
+        if not settings.prompts.is_dir():
+            raise BackboneNotFound(f"There is no prompt directory {settings.prompts}.")
+        return settings.prompts
+    own = settings.state / "prompts"
+    own.mkdir(parents=True, exist_ok=True)
+    for shipped in sorted(LIBRARY.glob("*.safetensors")):
+        if not (own / shipped.name).exists():
+            shutil.copyfile(shipped, own / shipped.name)
+    return own
+
+
+def configure_logging() -> None:
+    """Lines for people on a terminal, JSON elsewhere, all on standard error."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    renderer = structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )

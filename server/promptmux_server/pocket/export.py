@@ -1,0 +1,44 @@
+"""From a pretraining checkpoint to the backbone directory that is shipped: bfloat16 weights, float32 statistics."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from promptmux_server.backbone.tokenizer import Tokenizer
+from promptmux_server.backbone.weights import LoadedBackbone, write_backbone
+from promptmux_server.backbone.weights.names import canonical_tensors
+from promptmux_server.pocket.recipe import NUM_BINS, pocket_config
+
+
+def from_checkpoint(run: Path, tokenizer: Path) -> LoadedBackbone:
+    """The backbone of a run's last checkpoint."""
+    vocabulary = Tokenizer.load(tokenizer, num_codes=0, num_bins=NUM_BINS).text_vocab_size
+    stored = load_file(run / "checkpoint.safetensors")
+    state = {name.removeprefix("model/"): value for name, value in stored.items() if name.startswith("model/")}
+    config = pocket_config(vocabulary)
+    tensors, dropped = canonical_tensors(state, config)
+    # Running statistics span orders of magnitude: rounding them to 8 bits of mantissa would shift every channel.
+    rounded = {n: t if "running_" in n else t.to(torch.bfloat16) for n, t in tensors.items()}
+    return LoadedBackbone(config, rounded, tokenizer, dropped)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the shipped backbone from a pretraining run.")
+    parser.add_argument("--run", type=Path, default=Path("var/pocket/run"))
+    parser.add_argument("--tokenizer", type=Path, default=Path("var/pocket/tokenizer"))
+    parser.add_argument("--out", type=Path, default=Path("server/promptmux_server/pocket/weights"))
+    arguments = parser.parse_args()
+    shutil.rmtree(arguments.out, ignore_errors=True)
+    backbone = from_checkpoint(arguments.run, arguments.tokenizer)
+    write_backbone(arguments.out, backbone)
+    shutil.copy(arguments.run / "train.jsonl", arguments.out / "train.jsonl")
+    print(f"{arguments.out}: fingerprint {backbone.fingerprint}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Every setting of the server, as one frozen value.
+
+Owns names, defaults and bounds; derived values are properties. The command line builds it once, at the edge, from
+`PROMPTMUX_*` variables and flags; nothing else reads the environment.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+ENV_PREFIX = "PROMPTMUX_"
+
+MIB = 1024 * 1024
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Settings(BaseSettings):
+    """Frozen settings of one server process. Raises pydantic's ValidationError, which names the field."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
+
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    metrics_port: Port = 8001
+    """`/metrics` is served here, on loopback only."""
+    api_keys: Path | None = None
+    """File of lines `NAME SCOPE[,SCOPE] SHA256`; without it every caller may do everything, on loopback only."""
+
+    backbone: str = "pocket"
+    """`pocket`, or a directory in promptmux or transformers format."""
+    prompts: Path | None = None
+    """Directory of prompt files; None = the shipped library."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    threads: Count | None = None
+    """CPU threads of one operation; None = as many as the machine has."""
+
+    max_batch: Count = 32
+    queue_size: Count = 256
+    """Items admitted at one time, whoever sent them; beyond it 503."""
+    tenant_queue_size: Count = 64
+    """Items admitted at one time for one API key; beyond it 429."""
+    default_deadline_ms: Count = 10_000
+    max_deadline_ms: Count = 60_000
+
+    max_header_bytes: Count = 16 * 1024
+    max_body_bytes: Count = 16 * MIB
+    max_items: Count = 64
+    max_text_chars: Count = 4096
+    max_image_bytes: Count = 10_000_000
+    max_image_pixels: Count = 16_777_216
+    max_image_side: Count = 8192
+    concurrent_decodes: Count = 2
+
+    drain_delay_s: Seconds = 5.0
+    """After SIGTERM: how long `/readyz` answers 503 while requests are still accepted."""
+    drain_timeout_s: Seconds = 30.0
+    """After that: how long admitted requests may take before they fail with `draining`."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["auto", "json", "console"] = "auto"
+    """auto = console lines on a terminal, JSON elsewhere."""
+
+    @model_validator(mode="after")
+    def _check_exposure(self) -> Self:
+        if not self.is_loopback and self.api_keys is None:
+            raise ValueError(
+                f"refusing to listen on {self.host!r} without API keys: anyone who can reach it could use it. "
+                "Give a key file (--api-keys), or listen on 127.0.0.1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_deadlines(self) -> Self:
+        if self.default_deadline_ms > self.max_deadline_ms:
+            raise ValueError("default_deadline_ms is over max_deadline_ms")
+        return self
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the public port."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+def unknown_variables(names: Iterable[str]) -> list[str]:
+    """Those of the environment variables `names` that carry our prefix and name no setting, sorted."""
+    known = {ENV_PREFIX + field.upper() for field in Settings.model_fields}
+    return sorted(name for name in names if name.upper().startswith(ENV_PREFIX) and name.upper() not in known)
