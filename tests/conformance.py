@@ -1,8 +1,9 @@
 """Does this backbone compute what the released OFA computes? `python tests/conformance.py DIR`
 
-Checks every `NAME.backbone.safetensors` with its `NAME.cases.*`, and `hf/`, found in DIR against outputs of the released
-model, through the loader, prompt file, forward pass, decoding and loss that the server and the trainer use, in float32,
-with the CPU ops and with the reference ops. One line of JSON per case and check; exit status 1 if any check misses.
+Checks every `NAME.backbone.safetensors` with its `NAME.cases.*`, and `hf/`, found in DIR against outputs of the
+released model, through the loader, prompt file, forward pass, decoding and loss that the server and the trainer use,
+in float32, with the CPU ops and with the reference ops. One line of JSON per case and check; exit status 1 if any
+check misses.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 
 from fairseq_arguments import params_from_fairseq
-
 from promptmux_kernels import PromptBatch, pack_prompts, use_form
 from promptmux_kernels.dispatch import Form
 from promptmux_prompts import Manifest, Prompt, PromptShape, read_prompt, write_prompt
@@ -153,13 +153,12 @@ def check_case(golden: Golden, case: str, form: Form) -> Iterator[Check]:
     yield from (check(name, error, tolerance) for name, error, tolerance in check_training(golden, case))
 
 
-def decode(golden: Golden, rows: Sequence[EncoderRow], prompts: Any, params: DecodingParams, trie: bool) -> list[Outcome]:
+def decode(
+    golden: Golden, rows: Sequence[EncoderRow], prompts: Any, params: DecodingParams, trie: bool
+) -> list[Outcome]:
     """Run one search for every row in one batch."""
     candidates = [tuple(answer) for answer in golden.answers] if trie else None
-    works = [
-        Work(row.source, (BOS,), row.image, make_search(params, candidates=candidates))
-        for row in rows
-    ]
+    works = [Work(row.source, (BOS,), row.image, make_search(params, candidates=candidates)) for row in rows]
     batch = RunningBatch(golden.model, works, prompts)
     batch.prefill()
     while batch.live_rows:

@@ -91,12 +91,14 @@ def _decode_combine(
     if prompts is None or not any(prompts.lengths[group] for group in chunk):
         return torch.einsum("rht,rthd->rhd", scores.softmax(-1).to(value.dtype), value)
     prompt_key, prompt_value, seen = prompts.gather_padded(chunk)  # (g, H, P, D), (g, P)
-    beams = query.unflatten(0, (len(chunk), width)).transpose(1, 2)  # (g, H, width, D)
+    beams = query.view(len(chunk), width, *query.shape[1:]).transpose(1, 2)  # (g, H, width, D)
     prompt_scores = (beams @ prompt_key.to(query.dtype).transpose(-1, -2)).float()
     prompt_scores = prompt_scores.masked_fill(~seen[:, None, None], -torch.inf).transpose(1, 2).flatten(0, 1)
     weights = torch.cat([prompt_scores, scores], dim=-1).softmax(-1).to(value.dtype)  # (g * width, H, P + t)
     length = prompt_key.shape[2]
-    from_prompt = weights[..., :length].unflatten(0, (len(chunk), width)).transpose(1, 2) @ prompt_value.to(value.dtype)
+    from_prompt = weights[..., :length].reshape(len(chunk), width, -1, length).transpose(1, 2) @ prompt_value.to(
+        value.dtype
+    )
     from_history = torch.einsum("rht,rthd->rhd", weights[..., length:], value)
     return from_history + from_prompt.transpose(1, 2).flatten(0, 1)
 
@@ -139,7 +141,9 @@ def cross_decode_attention(
 
 def _chunks(queries: Rows, keys: Rows, bias: SharedBias, *, heads: int) -> Iterator[list[int]]:
     """Groups of rows that share a bias table and waste little padding, longest rows first."""
-    by_size = sorted(range(len(queries)), key=lambda r: (bias.table_of_row[r], -keys.lengths[r], -queries.lengths[r], r))
+    by_size = sorted(
+        range(len(queries)), key=lambda r: (bias.table_of_row[r], -keys.lengths[r], -queries.lengths[r], r)
+    )
     chunk: list[int] = []
     widest = 0
     for row in by_size:
@@ -168,7 +172,7 @@ def _padded_index(rows: Rows, device: torch.device) -> tuple[Tensor, Tensor | No
 def _take(x: Tensor, index: Tensor, valid: Tensor | None) -> Tensor:
     """Tokens (T, H, D) of padded rows -> (b, H, n, D), zero where there is no token."""
     # index_select, not x[index]: its backward is index_add, four times faster than an accumulating index_put.
-    taken = x.index_select(0, index.flatten()).unflatten(0, index.shape)
+    taken = x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:])
     if valid is not None:
         taken = torch.where(valid[..., None, None], taken, 0)
     return taken.transpose(1, 2)

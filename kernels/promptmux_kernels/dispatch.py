@@ -84,7 +84,9 @@ def prefix_decode_attention(
     Group g is at step t = history_lengths[g]; beam b of it sees its prompt and the cache slots
     S = history[b, :t], its own new token last (the ancestor table: beams reorder by index, never by copy):
 
-        out = head_scale[h] * softmax([scale * q PK^T, scale * q cache_key[S]^T + bias[h, t-1, :t]]) [PV; cache_value[S]]
+        out = head_scale[h] * softmax([scale * q PK^T, scale * q K^T + bias[h, t-1, :t]]) [PV; V]
+
+    with K, V = cache_key[S], cache_value[S].
 
     q is (R, H, D), cache_* (slots, H, D), history (R, T_max) int64, bias (H, T, T); `prompts` has one row per group.
     """

@@ -86,7 +86,9 @@ def cross_decode_attention(
         n = groups.lengths[group]
         positions = slice(first, first + n) if consecutive else slice(first, first + 1)
         table = bias.of(group)[:, positions, : memory.lengths[group]].float()  # (H, n or 1, keys)
-        out[own] = _combine(_scores(q[own], key[seen], scale) + table, _heads_first(value[seen]), head_scale).to(q.dtype)
+        out[own] = _combine(_scores(q[own], key[seen], scale) + table, _heads_first(value[seen]), head_scale).to(
+            q.dtype
+        )
     return out
 
 

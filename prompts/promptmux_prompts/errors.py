@@ -1,11 +1,11 @@
 """Why a prompt file is refused, as one tree with stable codes. Knows nothing of HTTP.
 
-    PromptFileError               invalid_prompt_file
-    ├── InvalidPromptFile         invalid_prompt_file        not a well-formed prompt file
-    ├── PromptShapeMismatch       prompt_shape_mismatch      tensors of another model size, or other than the manifest says
-    ├── PromptNonfinite           prompt_nonfinite           NaN, Inf or absurd values after the cast to the serving type
-    ├── PromptDigestMismatch      prompt_digest_mismatch     not the content that was announced
-    └── PromptBackboneMismatch    prompt_backbone_mismatch   trained for another backbone
+PromptFileError               invalid_prompt_file
+├── InvalidPromptFile         invalid_prompt_file        not a well-formed prompt file
+├── PromptShapeMismatch       prompt_shape_mismatch      tensors of another model size, or other than the manifest says
+├── PromptNonfinite           prompt_nonfinite           NaN, Inf or absurd values after the cast to the serving type
+├── PromptDigestMismatch      prompt_digest_mismatch     not the content that was announced
+└── PromptBackboneMismatch    prompt_backbone_mismatch   trained for another backbone
 """
 
 from __future__ import annotations

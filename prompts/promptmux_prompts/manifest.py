@@ -66,7 +66,9 @@ class Manifest:
             _require(_is_int(length) and 0 <= length <= MAX_LENGTH, f"prompt lengths must be 0 to {MAX_LENGTH}")
         for text in (self.instruction, self.backbone_name, self.fingerprint):
             _require(isinstance(text, str) and len(text) <= 4096, "instruction and backbone must be short texts")
-        _require(not set(_placeholders(self.instruction)) - {"text", "premise"}, "instruction may hold {text}, {premise}")
+        _require(
+            not set(_placeholders(self.instruction)) - {"text", "premise"}, "instruction may hold {text}, {premise}"
+        )
         if self.image is not None:
             _require(_is_int(self.image.size) and 16 <= self.image.size <= 4096, "image.size must be 16 to 4096")
             _require(_is_number(self.image.mean) and _is_number(self.image.std), "image.mean and std must be numbers")

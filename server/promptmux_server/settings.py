@@ -16,6 +16,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 ENV_PREFIX = "PROMPTMUX_"
 
+CLIENT_VARIABLES = frozenset({"PROMPTMUX_URL", "PROMPTMUX_API_KEY"})
+"""Read by the client; they may stand in the same environment."""
+
 MIB = 1024 * 1024
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -30,16 +33,19 @@ class Settings(BaseSettings):
 
     host: str = "127.0.0.1"
     port: Port = 8000
-    metrics_port: Port = 8001
-    """`/metrics` is served here, on loopback only."""
+    metrics_port: Port | None = 8001
+    """`/metrics` is served here, on loopback only; None = nowhere."""
     api_keys: Path | None = None
-    """File of lines `NAME SCOPE[,SCOPE] SHA256`; without it every caller may do everything, on loopback only."""
+    """File of lines `NAME SCOPE[,SCOPE] SHA256`, scopes `infer` and `admin`; without it every caller may do everything,
+    on loopback only."""
 
     backbone: str = "pocket"
     """`pocket`, or a directory in promptmux or transformers format."""
     prompts: Path | None = None
-    """Directory of prompt files; None = the shipped library."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Directory of prompt files; None = the shipped library, copied to `state` once."""
+    state: Path = Path("var/state")
+    """Where the server keeps what it may change."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
     threads: Count | None = None
     """CPU threads of one operation; None = as many as the machine has."""
@@ -47,15 +53,12 @@ class Settings(BaseSettings):
     max_batch: Count = 32
     queue_size: Count = 256
     """Items admitted at one time, whoever sent them; beyond it 503."""
-    tenant_queue_size: Count = 64
-    """Items admitted at one time for one API key; beyond it 429."""
     default_deadline_ms: Count = 10_000
     max_deadline_ms: Count = 60_000
 
     max_header_bytes: Count = 16 * 1024
     max_body_bytes: Count = 16 * MIB
     max_items: Count = 64
-    max_text_chars: Count = 4096
     max_image_bytes: Count = 10_000_000
     max_image_pixels: Count = 16_777_216
     max_image_side: Count = 8192
@@ -65,10 +68,6 @@ class Settings(BaseSettings):
     """After SIGTERM: how long `/readyz` answers 503 while requests are still accepted."""
     drain_timeout_s: Seconds = 30.0
     """After that: how long admitted requests may take before they fail with `draining`."""
-
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    log_format: Literal["auto", "json", "console"] = "auto"
-    """auto = console lines on a terminal, JSON elsewhere."""
 
     @model_validator(mode="after")
     def _check_exposure(self) -> Self:
@@ -98,5 +97,5 @@ class Settings(BaseSettings):
 
 def unknown_variables(names: Iterable[str]) -> list[str]:
     """Those of the environment variables `names` that carry our prefix and name no setting, sorted."""
-    known = {ENV_PREFIX + field.upper() for field in Settings.model_fields}
+    known = {ENV_PREFIX + field.upper() for field in Settings.model_fields} | CLIENT_VARIABLES
     return sorted(name for name in names if name.upper().startswith(ENV_PREFIX) and name.upper() not in known)

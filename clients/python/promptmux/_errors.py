@@ -1,21 +1,21 @@
 """Everything this client raises, as one tree.
 
-    PromptmuxError
-    ├── ConnectionFailed          the server cannot be reached
-    ├── RequestTimeout            no answer within the client's own timeout
-    └── APIStatusError            the server said no; has status, code, param, request_id, retryable
-        ├── BadRequest            400
-        ├── Unauthorized          401
-        ├── Forbidden             403
-        ├── NotFound              404
-        ├── MethodNotAllowed      405
-        ├── TooLarge              413, 431
-        ├── UnsupportedMediaType  415
-        ├── InvalidRequest        422
-        ├── RateLimited           429
-        └── ServerError           any other 5xx
-            ├── Overloaded        503
-            └── DeadlineExceeded  504
+PromptmuxError
+├── ConnectionFailed          the server cannot be reached
+├── RequestTimeout            no answer within the client's own timeout
+└── APIStatusError            the server said no; has status, code, param, request_id, retryable
+    ├── BadRequest            400
+    ├── Unauthorized          401
+    ├── Forbidden             403
+    ├── NotFound              404
+    ├── MethodNotAllowed      405
+    ├── TooLarge              413, 431
+    ├── UnsupportedMediaType  415
+    ├── InvalidRequest        422
+    ├── RateLimited           429
+    └── ServerError           any other 5xx
+        ├── Overloaded        503
+        └── DeadlineExceeded  504
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The HTTP edge: routes, schemas, limits, errors, metrics. Knows nothing of tensors; the engine is behind a Protocol."""
+"""HTTP: routes, limits, metrics, and the one map from errors to answers. Reaches the engine through its port only."""

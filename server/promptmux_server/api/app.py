@@ -11,13 +11,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
+from promptmux_server import __version__
 from promptmux_server.api.edge import Edge
 from promptmux_server.api.errors import handle
+from promptmux_server.api.keys import Keys
 from promptmux_server.api.metrics import Metrics
 from promptmux_server.api.predict import Predictor
 from promptmux_server.api.schemas import PredictRequest
 from promptmux_server.engine.request import EnginePort
-from promptmux_server.errors import BackendUnhealthy, Draining, PromptNotFound
+from promptmux_server.errors import BackendUnhealthy, Draining, PromptmuxError, PromptNotFound
 from promptmux_server.settings import Settings
 
 
@@ -37,17 +39,17 @@ class Application:
     lifecycle: Lifecycle
 
 
-def build_app(engine: EnginePort, settings: Settings, backbone_name: str) -> Application:
+def build_app(engine: EnginePort, settings: Settings, backbone_name: str, keys: Keys | None = None) -> Application:
     """Wire the routes to an engine; no thread and no socket is opened here."""
     metrics, lifecycle = Metrics(engine), Lifecycle()
     app = FastAPI(
         title="promptmux",
-        version=settings.version,
+        version=__version__,
         description="Many prompt-tuned tasks on one frozen backbone, in one batch.",
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        exception_handlers={HTTPException: handle, Exception: handle},
+        exception_handlers={HTTPException: handle, PromptmuxError: handle, Exception: handle},
     )
     predictor = Predictor(engine, settings, metrics)
 
@@ -80,12 +82,10 @@ def build_app(engine: EnginePort, settings: Settings, backbone_name: str) -> App
         return JSONResponse(asdict(await anyio.to_thread.run_sync(engine.reload)))
 
     _add_health(app, engine, settings, lifecycle, backbone_name)
-    return Application(Edge(app, settings, metrics), metrics, lifecycle)
+    return Application(Edge(app, settings, metrics, keys), metrics, lifecycle)
 
 
-def _add_health(
-    app: FastAPI, engine: EnginePort, settings: Settings, lifecycle: Lifecycle, backbone_name: str
-) -> None:
+def _add_health(app: FastAPI, engine: EnginePort, settings: Settings, lifecycle: Lifecycle, backbone_name: str) -> None:
     @app.get("/livez", summary="The process works")
     async def livez() -> JSONResponse:
         if not engine.live():
@@ -104,4 +104,4 @@ def _add_health(
 
     @app.get("/version", summary="Versions of server and backbone")
     async def version() -> JSONResponse:
-        return JSONResponse({"version": settings.version, "backbone": backbone_name})
+        return JSONResponse({"version": __version__, "backbone": backbone_name})

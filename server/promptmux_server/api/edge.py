@@ -1,14 +1,12 @@
 """What every request passes before a route sees it: id, header size, authentication, body size, one log line.
 
-Pure ASGI: a wrapping middleware would hide a client's departure from the routes. Order matters: nothing of a body is read
-before the key is checked.
+Pure ASGI: a wrapping middleware would hide a client's departure from the routes. Order matters: nothing of a body is
+read before the key is checked.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
-import secrets
 import time
 import uuid
 from collections.abc import Iterable
@@ -16,13 +14,16 @@ from collections.abc import Iterable
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from promptmux_server.api.errors import error_response
+from promptmux_server.api.errors import as_promptmux_error, error_response
+from promptmux_server.api.keys import Keys
 from promptmux_server.api.metrics import Metrics
-from promptmux_server.errors import BadRequest, BodyTooLarge, HeaderTooLarge, PromptmuxError, Unauthorized
+from promptmux_server.errors import BadRequest, BodyTooLarge, ClientLeft, HeaderTooLarge
 from promptmux_server.settings import Settings
 
 OPEN_ROUTES = frozenset({"/livez", "/readyz"})
 """Answered without a key."""
+ADMIN_ROUTES = frozenset({"/v1/tasks:reload"})
+"""Answered to keys of scope `admin` only."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -34,8 +35,8 @@ Headers = Iterable[tuple[bytes, bytes]]
 class Edge:
     """Wraps the application; see the module's header."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
-        self._app, self._settings, self._metrics = app, settings, metrics
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, keys: Keys | None) -> None:
+        self._app, self._settings, self._metrics, self._keys = app, settings, metrics, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -44,7 +45,7 @@ class Edge:
         started = time.monotonic()
         request_id = _request_id(scope["headers"])
         scope["promptmux.request_id"] = request_id
-        status = 499  # unless an answer is begun
+        status = 499  # unless an answer is begun: then the client has left
         counted = _CappedBody(receive, self._settings.max_body_bytes)
 
         async def answer(message: Message) -> None:
@@ -57,8 +58,9 @@ class Edge:
         try:
             self._check(scope)
             await self._app(scope, counted, answer)
-        except PromptmuxError as error:
-            await error_response(error, request_id)(scope, receive, answer)
+        except Exception as error:  # ours from the checks above; others have been answered and come by to be seen
+            if status == 499 and not isinstance(error, ClientLeft):
+                await error_response(as_promptmux_error(error), request_id)(scope, receive, answer)
         finally:
             seconds = time.monotonic() - started
             self._metrics.http(scope, status, seconds)
@@ -71,8 +73,8 @@ class Edge:
         size = len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(k) + len(v) + 4 for k, v in headers)
         if size > self._settings.max_header_bytes:
             raise HeaderTooLarge(f"Request line and headers exceed {self._settings.max_header_bytes} bytes.")
-        if self._settings.api_key_sha256 is not None and scope["path"] not in OPEN_ROUTES:
-            _check_key(headers, self._settings.api_key_sha256)
+        if self._keys is not None and scope["path"] not in OPEN_ROUTES:
+            self._keys.check(headers, admin=scope["path"] in ADMIN_ROUTES)
         for name, value in headers:
             if name == b"content-length" and value.isdigit() and int(value) > self._settings.max_body_bytes:
                 raise BodyTooLarge(f"The body exceeds {self._settings.max_body_bytes} bytes.")
@@ -101,12 +103,3 @@ def _request_id(headers: Headers) -> str:
         if name == b"x-request-id" and _REQUEST_ID.fullmatch(text := value.decode("latin-1")):
             return text
     return uuid.uuid4().hex
-
-
-def _check_key(headers: Headers, expected_sha256: str) -> None:
-    given = [value for name, value in headers if name == b"authorization"]
-    if len(given) == 1 and given[0][:7].lower() == b"bearer ":
-        digest = hashlib.sha256(given[0][7:].strip()).hexdigest()
-        if secrets.compare_digest(digest, expected_sha256):
-            return
-    raise Unauthorized("Send the server's key as `Authorization: Bearer KEY`.")

@@ -1,7 +1,7 @@
 """The one place that turns an exception into an HTTP answer.
 
-The body is an RFC 9457 problem and OpenAI's error object at once, so that either kind of client understands it. It never
-repeats what was sent and never names a path.
+The body is an RFC 9457 problem and OpenAI's error object at once, so that either kind of client understands it. It
+never repeats what was sent and never names a path.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import json
 from typing import Any
 
 import structlog
+from promptmux_prompts import PromptFileError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from promptmux_prompts import PromptFileError
 from promptmux_server.errors import (
     BadRequest,
     Internal,

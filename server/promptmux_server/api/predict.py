@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from promptmux_server.api.errors import as_promptmux_error, error_object, error_response, request_id_of
-from promptmux_server.api.json_body import parse_json
+from promptmux_server.api.json_body import decode_json
 from promptmux_server.api.metrics import Metrics
 from promptmux_server.api.schemas import PredictItem, PredictRequest, parse_predict
 from promptmux_server.backbone.images import ImageLimits, decode_base64_image
@@ -30,7 +30,7 @@ class Predictor:
     def __init__(self, engine: EnginePort, settings: Settings, metrics: Metrics) -> None:
         self._engine, self._settings, self._metrics = engine, settings, metrics
         self._limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels, settings.max_image_side)
-        self._decoders = anyio.CapacityLimiter(settings.image_decoders)
+        self._decoders = anyio.CapacityLimiter(settings.concurrent_decodes)
         self._admitted = 0
 
     async def __call__(self, request: Request) -> Response:
@@ -54,7 +54,7 @@ class Predictor:
             body = await request.body()
         except ClientDisconnect as error:
             raise ClientLeft("The client left while sending.") from error
-        call = parse_predict(await anyio.to_thread.run_sync(parse_json, body))
+        call = parse_predict(await anyio.to_thread.run_sync(decode_json, body))
         if len(call.items) > self._settings.max_items:
             raise InvalidParameter(f"At most {self._settings.max_items} items fit in one call.", param="items")
         if call.deadline_ms is not None and call.deadline_ms > self._settings.max_deadline_ms:
@@ -62,7 +62,7 @@ class Predictor:
         return call
 
     async def _answer_all(self, request: Request, call: PredictRequest) -> list[Answer | PromptmuxError]:
-        deadline = time.monotonic() + (call.deadline_ms or self._settings.deadline_ms) / 1000.0
+        deadline = time.monotonic() + (call.deadline_ms or self._settings.default_deadline_ms) / 1000.0
         request_id = request_id_of(request.scope)
         return await asyncio.gather(*(self._answer(item, request_id, deadline) for item in call.items))
 

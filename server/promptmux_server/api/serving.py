@@ -1,7 +1,7 @@
 """The process around the application: sockets, signals, and an orderly end.
 
-SIGTERM: /readyz turns 503 while requests are still taken, then no more are accepted, then what runs is finished, then the
-process exits 0. A second signal ends it at once. SIGHUP reads the prompt directory again.
+SIGTERM: /readyz turns 503 while requests are still taken, then no more are accepted, then what runs is finished, then
+the process exits 0. A second signal ends it at once. SIGHUP reads the prompt directory again.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from promptmux_server.backbone.model import OFA
+from promptmux_server.backbone.vision import channels_last
 from promptmux_server.backbone.weights import LoadedBackbone, fold_batch_norm
 
 
@@ -15,7 +16,7 @@ def assemble(loaded: LoadedBackbone, *, dtype: torch.dtype, device: torch.device
     folded = fold_batch_norm(loaded.tensors)
     model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in folded.items()}, assign=True)
     model.eval().requires_grad_(False)
-    model.encoder.embed_images.to(memory_format=torch.channels_last)
+    channels_last(model.encoder.embed_images)
     return model
 
 

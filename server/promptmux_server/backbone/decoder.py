@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from promptmux_kernels import (
+    PagedPrompts,
     PromptBatch,
     Rows,
     SharedBias,
@@ -21,6 +21,8 @@ from promptmux_kernels import (
     prefix_attention,
     prefix_decode_attention,
 )
+from torch import Tensor, nn
+
 from promptmux_server.backbone.cache import DecodeCache
 from promptmux_server.backbone.config import BackboneConfig
 from promptmux_server.backbone.encoder import GRIDS_CACHED, Encoder, EncoderOutput, position_scores
@@ -87,7 +89,7 @@ class Decoder(nn.Module):
 
     def remember(self, encoded: EncoderOutput) -> Memory:
         """Project the encoder's output to cross-attention keys and values, once for all steps and beams."""
-        attentions = [layer.encoder_attn for layer in self.layers]
+        attentions = [cast(DecoderLayer, layer).encoder_attn for layer in self.layers]
         return Memory(
             keys=tuple(a.split(a.k_proj(encoded.states)) for a in attentions),
             values=tuple(a.split(a.v_proj(encoded.states)) for a in attentions),
@@ -118,7 +120,13 @@ class Decoder(nn.Module):
             paged = prompts.layer(index) if prompts else None
 
             def attend(
-                q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor, index: int = index, own: SharedBias = own, paged=paged
+                q: Tensor,
+                k: Tensor,
+                v: Tensor,
+                head_scale: Tensor,
+                index: int = index,
+                own: SharedBias = own,
+                paged: PagedPrompts | None = paged,
             ) -> Tensor:
                 if cache is not None:
                     cache[0].write(index, cache[1], k, v)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from promptmux_kernels import PagedPrompts, PromptBatch, Rows, SharedBias, prefix_attention
 from torch import Tensor, nn
 
-from promptmux_kernels import PromptBatch, Rows, SharedBias, prefix_attention
 from promptmux_server.backbone.config import BackboneConfig
 from promptmux_server.backbone.layers import EncoderLayer, drop_path_rates
 from promptmux_server.backbone.positions import (
@@ -117,10 +117,23 @@ class Encoder(nn.Module):
             paged = prompts.layer(index) if prompts else None
 
             def attend(
-                q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor, bias: SharedBias = bias, paged: object = paged
+                q: Tensor,
+                k: Tensor,
+                v: Tensor,
+                head_scale: Tensor,
+                bias: SharedBias = bias,
+                paged: PagedPrompts | None = paged,
             ) -> Tensor:
                 return prefix_attention(
-                    q, k, v, rows=layout, prompts=paged, bias=bias, scale=self.scale, head_scale=head_scale, causal=False
+                    q,
+                    k,
+                    v,
+                    rows=layout,
+                    prompts=paged,
+                    bias=bias,
+                    scale=self.scale,
+                    head_scale=head_scale,
+                    causal=False,
                 )
 
             x = layer(x, attend, layout)
@@ -137,7 +150,7 @@ class Encoder(nn.Module):
 
     def positions(self, grid: Grid, text_length: int) -> Tensor:
         """Normalised position vectors of image then text tokens, (N + text_length, d_model)."""
-        text = self.pos_ln(self.embed_positions.weight[:text_length])
+        text: Tensor = self.pos_ln(self.embed_positions.weight[:text_length])
         if grid == NO_IMAGE:
             return text
         return torch.cat([self.image_pos_ln(self._image_positions(grid)), text])
@@ -151,7 +164,7 @@ class Encoder(nn.Module):
             out: Tensor = table(image_position_ids(grid, bucket).to(table.weight.device))
             return out
         known = table(image_position_ids((side, side), bucket).to(table.weight.device))
-        resized = F.interpolate(known.T.unflatten(1, (side, side))[None], size=grid, mode="bilinear")
+        resized = F.interpolate(known.T.reshape(1, -1, side, side), size=grid, mode="bilinear")
         return resized[0].flatten(1).T
 
     def biases(self, grid: Grid, text_length: int) -> tuple[Tensor, ...]:
@@ -179,7 +192,7 @@ class Encoder(nn.Module):
 
 def position_scores(queries: Tensor, keys: Tensor, heads: int, scale: float) -> Tensor:
     """Scores of projected positions, (n, d_model) x (m, d_model) -> (H, n, m) float32."""
-    q, k = (x.unflatten(-1, (heads, -1)).transpose(0, 1) for x in (queries * scale, keys))
+    q, k = (x.view(x.shape[0], heads, -1).transpose(0, 1) for x in (queries * scale, keys))
     return (q @ k.transpose(1, 2)).float()
 
 

@@ -54,7 +54,9 @@ def decode_base64_image(text: str, limits: ImageLimits) -> DecodedImage:
     try:
         data = pybase64.b64decode(text.replace("-", "+").replace("_", "/"), validate=True)
     except ValueError as error:  # binascii.Error, or text beyond ASCII
-        raise MalformedImage("`image` is not base64. Send the bytes of a file, base64-encoded.", param="image") from error
+        raise MalformedImage(
+            "`image` is not base64. Send the bytes of a file, base64-encoded.", param="image"
+        ) from error
     return decode_image(data, limits)
 
 
@@ -103,7 +105,7 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
 
 
 def preprocess(image: DecodedImage, size: int, mean: float, std: float) -> Tensor:
-    """The model's input (3, size, size) float32: bicubic resize without keeping the aspect, then (x / 255 - mean) / std."""
+    """The model's input (3, size, size) float32: bicubic resize, aspect not kept, then (x / 255 - mean) / std."""
     picture = Image.fromarray(image.rgb)
     if picture.size != (size, size):
         picture = picture.resize((size, size), Image.Resampling.BICUBIC)

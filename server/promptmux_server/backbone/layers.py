@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from promptmux_kernels import Rows
 from torch import Tensor, nn
 
-from promptmux_kernels import Rows
 from promptmux_server.backbone.config import BackboneConfig
 
 SelfAttend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -35,7 +35,7 @@ class Attention(nn.Module):
 
     def split(self, x: Tensor) -> Tensor:
         """(T, d_model) -> (T, H, D)."""
-        return x.unflatten(-1, (self.heads, -1))
+        return x.view(*x.shape[:-1], self.heads, -1)
 
     def self_attend(self, x: Tensor, attend: SelfAttend) -> Tensor:
         q, k, v = (self.split(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))

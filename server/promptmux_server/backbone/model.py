@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from promptmux_kernels import PromptBatch, Rows
 from torch import Tensor, nn
 
-from promptmux_kernels import PromptBatch, Rows
 from promptmux_server.backbone.cache import DecodeCache
 from promptmux_server.backbone.config import BackboneConfig
 from promptmux_server.backbone.decoder import BeamRows, Decoder, Memory
@@ -51,9 +51,7 @@ class OFA(nn.Module):
 
     def new_cache(self) -> DecodeCache:
         config = self.config
-        return DecodeCache(
-            config.decoder_layers, config.heads, config.head_dim, dtype=self.dtype, device=self.device
-        )
+        return DecodeCache(config.decoder_layers, config.heads, config.head_dim, dtype=self.dtype, device=self.device)
 
     def teach(
         self,
@@ -67,9 +65,7 @@ class OFA(nn.Module):
         rows = Rows.packed([len(text) for text in texts])
         return self.decoder.prefill(self.encoder.embed_tokens(ids), rows, memory, self.encoder, prompts, cache)
 
-    def step(
-        self, beams: BeamRows, memory: Memory, cache: DecodeCache, prompts: PromptBatch | None = None
-    ) -> Tensor:
+    def step(self, beams: BeamRows, memory: Memory, cache: DecodeCache, prompts: PromptBatch | None = None) -> Tensor:
         """Feed one token per beam -> states (R, d_model)."""
         embedded = self.encoder.embed_tokens(beams.tokens)
         return self.decoder.step(embedded, beams, memory, self.encoder, cache, prompts)

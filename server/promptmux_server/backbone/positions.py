@@ -55,7 +55,7 @@ def image_position_ids(grid: Grid, bucket_size: int) -> Tensor:
 
 
 def text_capacity(length: int, limit: int) -> int:
-    """Text positions that a bias table is built for: the next multiple of 32 (so that tables are few), at most `limit`."""
+    """Text positions a bias table is built for: the next multiple of 32, so that tables are few, at most `limit`."""
     assert length <= limit, "texts longer than the position table are refused at admission"
     return min(-(-length // 32) * 32, limit)
 

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    example = 'Example: `promptmux predict --task scene-vqa --image examples/scene-01.png --text "how many dogs are there?"`'
+    example = (
+        'Example: `promptmux predict --task scene-vqa --image examples/scene-01.png --text "how many dogs are there?"`'
+    )
     app.command(epilog=example)(predict)
     app.command(epilog="Example: `promptmux tasks --json`")(tasks)
 

@@ -11,6 +11,7 @@ import structlog
 import torch
 
 from promptmux_server.api.app import build_app
+from promptmux_server.api.keys import Keys
 from promptmux_server.api.serving import serve
 from promptmux_server.backbone.assemble import assemble, serving_dtype
 from promptmux_server.backbone.tokenizer import Tokenizer
@@ -26,12 +27,15 @@ log = structlog.get_logger(__name__)
 def run_server(settings: Settings) -> None:
     """Serve until a signal ends the process. Raises BackboneError."""
     configure_logging()
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
     engine, name = build_engine(settings)
     report = engine.start()
     for task, problem in report.refused.items():
         log.warning("prompt refused", task=task, code=problem.code, reason=problem.message)
     log.info("serving", backbone=name, tasks=len(report.added), host=settings.host, port=settings.port)
-    serve(build_app(engine, settings, name), engine, settings)
+    keys = Keys.read(settings.api_keys) if settings.api_keys else None
+    serve(build_app(engine, settings, name, keys), engine, settings)
 
 
 def build_engine(settings: Settings) -> tuple[Engine, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +26,10 @@ def serve(
     """Serve every task of a prompt directory on one backbone. Other settings: environment variables PROMPTMUX_*."""
     from pydantic import ValidationError
 
-    from promptmux_server.settings import Settings
+    from promptmux_server.settings import Settings, unknown_variables
+
+    if unknown := unknown_variables(os.environ):
+        fail(f"unknown settings in the environment: {', '.join(unknown)}")
 
     given: dict[str, Any] = {
         "host": host, "port": port, "backbone": backbone, "prompts": prompts, "dtype": dtype,

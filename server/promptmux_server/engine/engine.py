@@ -1,7 +1,7 @@
 """The engine: one thread that turns waiting requests into batches and batches into answers.
 
-`submit` is the only door. Owns admission, deadlines, cancellation and the futures; what a batch computes is the runner's,
-what a text means is the task's.
+`submit` is the only door. Owns admission, deadlines, cancellation and the futures; what a batch computes is the
+runner's, what a text means is the task's.
 """
 
 from __future__ import annotations

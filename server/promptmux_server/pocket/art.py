@@ -1,7 +1,7 @@
 """The object art that scenes are composed of: kinds of things, their names, their sprites.
 
-Owns the list of kinds (names after the CLDR short names, shortened where plain English has a shorter word) and reads the
-sprites fetched by `make art`. Knows nothing of scenes.
+Owns the list of kinds (names after the CLDR short names, shortened where plain English has a shorter word) and reads
+the sprites fetched by `make art`. Knows nothing of scenes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,24 @@ _KINDS = {
 CATEGORIES = tuple(_KINDS)
 
 HELD_OUT = frozenset(
-    "owl shark zebra fox pineapple cheese donut helicopter tractor trumpet camera crown clock cactus moon snowman".split()
+    [
+        "owl",
+        "shark",
+        "zebra",
+        "fox",
+        "pineapple",
+        "cheese",
+        "donut",
+        "helicopter",
+        "tractor",
+        "trumpet",
+        "camera",
+        "crown",
+        "clock",
+        "cactus",
+        "moon",
+        "snowman",
+    ]
 )
 """Kinds that no training scene shows."""
 

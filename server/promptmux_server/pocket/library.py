@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-
 from promptmux_prompts import ImageInput, Kind, Manifest, Prompt, write_prompt
+
 from promptmux_server.backbone.assemble import assemble
 from promptmux_server.backbone.config import BOS
 from promptmux_server.backbone.encoder import ImageTokens
@@ -133,9 +133,7 @@ def scored(prompt: Prompt, score: TaskScore) -> Prompt:
     """The prompt with its measured score in the manifest."""
     metric = {"name": score.metric, "value": round(score.value, 4), "n": score.n}
     described = replace(prompt.manifest, metric=metric)
-    return Prompt.build(
-        described, prompt.encoder_key, prompt.encoder_value, prompt.decoder_key, prompt.decoder_value
-    )
+    return Prompt.build(described, prompt.encoder_key, prompt.encoder_value, prompt.decoder_key, prompt.decoder_value)
 
 
 def main() -> None:
@@ -163,7 +161,9 @@ def main() -> None:
         for title, candidate in (("backbone alone", bare_prompt(task, backbone)), ("with its prompt", prompt)):
             with tempfile.TemporaryDirectory() as folder:
                 Path(folder, f"{task}.safetensors").write_bytes(write_prompt(candidate))
-                score = score_task(task, model, tokenizer, backbone.fingerprint, Path(folder), heldout, arguments.scenes)
+                score = score_task(
+                    task, model, tokenizer, backbone.fingerprint, Path(folder), heldout, arguments.scenes
+                )
             log.info("  %s: %s", title, score)
         (arguments.out / f"{task}.safetensors").write_bytes(write_prompt(scored(prompt, score)))
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from promptmux_server.backbone.model import OFA
 from promptmux_server.backbone.tokenizer import Tokenizer
+from promptmux_server.backbone.vision import channels_last
 from promptmux_server.pocket.dataset import SceneDataset
 from promptmux_server.pocket.mixture import to_pixels, training_examples
 from promptmux_server.pocket.recipe import NUM_BINS, Recipe, initialise, pocket_config
@@ -45,7 +46,8 @@ class Pretraining:
         self.model = OFA(self.config, folded=False)
         initialise(self.model)
         self.model.encoder.embed_images.load_state_dict(load_file(stem))
-        self.model.train().to(memory_format=torch.channels_last)
+        self.model.train()
+        channels_last(self.model.encoder.embed_images)
         decayed = [p for p in self.model.parameters() if p.ndim > 1]
         others = [p for p in self.model.parameters() if p.ndim <= 1]
         self.optimizer = torch.optim.AdamW(

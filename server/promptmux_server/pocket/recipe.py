@@ -1,4 +1,4 @@
-"""What `pocket` is made of: its shape and the numbers of its pretraining, as frozen values. Knows no data and no loop."""
+"""What `pocket` is made of: its shape, the numbers of its pretraining, initial weights. Knows no data and no loop."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from promptmux_server.backbone.config import BackboneConfig
-
 
 NUM_BINS = 128
 """Location symbols: one a pixel."""

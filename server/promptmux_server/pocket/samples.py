@@ -1,7 +1,7 @@
 """Supervised texts about scenes: what `pocket` is pretrained on, and the four tasks its shipped prompts answer.
 
-The two never share a wording: pretraining asks " where is the dog?", the grounding task " which region does the text " the
-dog " describe?". That difference is what a prompt has to learn. Knows no tokens.
+The two never share a wording: pretraining asks " where is the dog?", the grounding task " which region does the text
+" the dog " describe?". That difference is what a prompt has to learn. Knows no tokens.
 """
 
 from __future__ import annotations

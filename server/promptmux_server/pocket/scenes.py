@@ -101,9 +101,7 @@ def _kinds(rng: random.Random, novel: bool) -> list[str]:
     return rng.sample(pool, count)
 
 
-def _place(
-    kind: str, placed: list[SceneObject], art: Art, rng: random.Random
-) -> tuple[Image.Image, Box] | None:
+def _place(kind: str, placed: list[SceneObject], art: Art, rng: random.Random) -> tuple[Image.Image, Box] | None:
     """Find room for a thing: at most a fifth of any thing may be covered. None if 40 tries find none."""
     for _ in range(40):
         sprite = _sprite(kind, art, rng)

@@ -104,7 +104,7 @@ def referring_expression(scene: Scene, rng: random.Random) -> tuple[str, Box]:
 
 
 def _by_relation(scene: Scene, rng: random.Random) -> tuple[str, Box] | None:
-    """"the thing left of the dog", now and then, where only one thing stands so."""
+    """ "the thing left of the dog", now and then, where only one thing stands so."""
     if rng.random() > 0.3:
         return None
     unique = unique_things(scene)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from promptmux_server.backbone.vision import VisionStem
+from promptmux_server.backbone.vision import VisionStem, channels_last
 from promptmux_server.pocket.art import KINDS
 from promptmux_server.pocket.dataset import SceneDataset
 from promptmux_server.pocket.mixture import to_pixels
@@ -52,7 +52,8 @@ def train_stem(data: SceneDataset, steps: int, log_path: Path) -> VisionStem:
     config = pocket_config(1000)
     stem, head = VisionStem(config, folded=False), nn.Linear(config.image_feature_dim, NOTHING + 1)
     initialise(stem)
-    stem.train().to(memory_format=torch.channels_last)
+    stem.train()
+    channels_last(stem)
     optimizer = torch.optim.AdamW([*stem.parameters(), *head.parameters()], lr=LEARNING_RATE, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     started = time.monotonic()

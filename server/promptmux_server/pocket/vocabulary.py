@@ -1,4 +1,7 @@
-"""The BPE vocabulary of `pocket`, learnt from texts about scenes: `python -m promptmux_server.pocket.vocabulary --help`."""
+"""The BPE vocabulary of `pocket`, learnt from texts about scenes.
+
+`python -m promptmux_server.pocket.vocabulary --help`
+"""
 
 from __future__ import annotations
 

@@ -26,7 +26,5 @@ def bins_to_box(bins: Bins, width: int, height: int, image_size: int, config: Ba
     """The inverse, up to the width of a bin."""
     scale = (image_size / width, image_size / height) * 2
     last = config.num_bins - 1
-    x0, y0, x1, y1 = (
-        value / last * config.max_image_size / factor for value, factor in zip(bins, scale, strict=True)
-    )
+    x0, y0, x1, y1 = (value / last * config.max_image_size / factor for value, factor in zip(bins, scale, strict=True))
     return x0, y0, x1, y1

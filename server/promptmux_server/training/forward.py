@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from promptmux_kernels import PromptBatch
 from torch import Tensor
 
-from promptmux_kernels import PromptBatch
 from promptmux_server.backbone.config import EOS
 from promptmux_server.backbone.encoder import EncoderRow, ImageTokens
 from promptmux_server.backbone.model import OFA
@@ -34,11 +34,12 @@ def supervised_logits(
     encoder_prompts: PromptBatch | None = None,
     decoder_prompts: PromptBatch | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Logits (T, V) at the positions that predict target tokens and eos, and those targets (T,); prefixes are not scored."""
+    """Logits (T, V) where target tokens and eos are predicted, and those targets (T,); prefixes are not scored."""
     rows = [EncoderRow(e.source, None if e.image is None else images[e.image]) for e in examples]
     memory = model.remember(model.encode(rows, encoder_prompts))
     states = model.teach([e.prefix + e.target for e in examples], memory, decoder_prompts)
-    scored, start = [], 0
+    scored: list[int] = []
+    start = 0
     for example in examples:
         end = start + len(example.prefix) + len(example.target)
         scored.extend(range(start + len(example.prefix) - 1, end))

@@ -1,4 +1,4 @@
-"""`promptmux convert`: any backbone we can read becomes a directory of ours, the prompts inside it become prompt files."""
+"""`promptmux convert`: any readable backbone becomes a directory of ours, prompts inside it become prompt files."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
 from promptmux_prompts import Manifest, Prompt, write_prompt
 from promptmux_prompts.importers.ofa import fold_generator, split_table
+
 from promptmux_server.backbone.config import BackboneConfig
 from promptmux_server.backbone.weights.load import load_backbone
 from promptmux_server.backbone.weights.loaded import LoadedBackbone

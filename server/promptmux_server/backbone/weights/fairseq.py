@@ -58,7 +58,7 @@ def _loaded(config: BackboneConfig, found: Mapping[str, Tensor]) -> LoadedBackbo
 
 
 def config_from_arguments(arguments: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> BackboneConfig:
-    """The configuration behind fairseq's architecture arguments; raises BackboneFileError naming what is not supported."""
+    """The configuration behind fairseq's arguments; raises BackboneFileError naming what is not supported."""
     for flag, value in _REQUIRED.items():
         if bool(arguments.get(flag, value)) != value:
             raise BackboneFileError(f"{flag}={arguments[flag]} is not supported; released OFA models have {value}")

@@ -1,7 +1,7 @@
 """Tensor names: which a backbone must have, which are known and not needed, how other programs call them.
 
-Canonical names are fairseq's (ofa-spec 10.1). What only image generation uses is dropped, and so are buffers and the tied
-copies of the embedding.
+Canonical names are fairseq's (ofa-spec 10.1). What only image generation uses is dropped, and so are buffers and the
+tied copies of the embedding.
 """
 
 from __future__ import annotations

@@ -16,11 +16,11 @@ def random_backbone(config: BackboneConfig, *, seed: int, dtype: torch.dtype) ->
     generator = torch.Generator().manual_seed(seed)
 
     def make(name: str, shape: torch.Size) -> Tensor:
-        if name.endswith("c_attn") or name.endswith("running_var") or (name.endswith("weight") and len(shape) == 1):
+        if name.endswith(("c_attn", "running_var")) or (name.endswith("weight") and len(shape) == 1):
             return torch.ones(shape, dtype=dtype)
         if len(shape) == 1:
             return torch.zeros(shape, dtype=dtype)
-        std = math.sqrt(2.0 / shape[1:].numel()) if len(shape) == 4 else 0.02
+        std = math.sqrt(2.0 / math.prod(shape[1:])) if len(shape) == 4 else 0.02
         return (torch.randn(shape, generator=generator) * std).to(dtype)
 
     return {name: make(name, shape) for name, shape in expected_shapes(config).items()}

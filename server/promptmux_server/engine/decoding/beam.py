@@ -1,7 +1,7 @@
 """Beam search with fairseq's rules, for one request (ofa-spec 9.4). Greedy search is a beam of one.
 
-Of 2 * beam candidates a step, those that end in eos among the best `beam` become hypotheses; the best `beam` others live
-on. The search ends with `beam` hypotheses or at the greatest length, where only eos is allowed.
+Of 2 * beam candidates a step, those that end in eos among the best `beam` become hypotheses; the best `beam` others
+live on. The search ends with `beam` hypotheses or at the greatest length, where only eos is allowed.
 """
 
 from __future__ import annotations
