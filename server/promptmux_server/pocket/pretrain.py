@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from promptmux_server.backbone.model import OFA
 from promptmux_server.backbone.tokenizer import Tokenizer
 from promptmux_server.backbone.vision import channels_last
+from promptmux_server.pocket.art import KINDS
 from promptmux_server.pocket.dataset import SceneDataset
 from promptmux_server.pocket.mixture import to_pixels, training_examples
 from promptmux_server.pocket.recipe import NUM_BINS, Recipe, initialise, pocket_config
@@ -45,7 +46,7 @@ class Pretraining:
         torch.manual_seed(recipe.seed)
         self.model = OFA(self.config, folded=False)
         initialise(self.model)
-        self.model.encoder.embed_images.load_state_dict(load_file(stem))
+        self._begin_from(load_file(stem))
         self.model.train()
         channels_last(self.model.encoder.embed_images)
         decayed = [p for p in self.model.parameters() if p.ndim > 1]
@@ -55,6 +56,24 @@ class Pretraining:
             lr=recipe.learning_rate,
             betas=(0.9, 0.98),
         )
+
+    def _begin_from(self, lesson: dict[str, torch.Tensor]) -> None:
+        """Take the stem's first lesson over: its weights, and its head as the way from features to words.
+
+        The head scores kinds; each kind's score then weighs the embedding of its name. A patch so enters the encoder
+        close to the word for what it shows, and naming it is copying.
+        """
+        head = {name: lesson.pop(name) for name in ("head.weight", "head.bias")}
+        encoder = self.model.encoder
+        encoder.embed_images.load_state_dict(lesson)
+        names = torch.stack([encoder.embed_tokens.weight[self._word(kind)].detach() for kind in KINDS])  # (kinds, d)
+        scores, offset = head["head.weight"][: len(KINDS)], head["head.bias"][: len(KINDS)]
+        encoder.image_proj.weight.data = names.T @ (scores - scores.mean(0))
+        encoder.image_proj.bias.data = names.T @ (offset - offset.mean())
+
+    def _word(self, kind: str) -> int:
+        """The token that a kind's name begins with."""
+        return self.tokenizer.encode(f" {kind}")[0]
 
     def restore(self) -> None:
         """Go on from the checkpoint in the folder, if there is one."""

@@ -63,10 +63,9 @@ def vqa_answers() -> tuple[str, ...]:
 
 
 def pretrain_samples(scene: Scene, rng: random.Random, count: int) -> list[Sample]:
-    """`count` samples, the first a caption or a list of all boxes: the densest supervision of a picture."""
-    first = _caption(scene, rng) if rng.random() < 0.5 else _detection(scene)
+    """`count` samples, the first two a caption and a list of all boxes: the densest supervision of a picture."""
     makers: tuple[Callable[[Scene, random.Random], Sample], ...] = (_question, _question, _where, _matching, _region)
-    return [first, *(maker(scene, rng) for maker in rng.choices(makers, k=count - 1))]
+    return [_caption(scene, rng), _detection(scene), *(maker(scene, rng) for maker in rng.choices(makers, k=count - 2))]
 
 
 def _caption(scene: Scene, rng: random.Random) -> Sample:

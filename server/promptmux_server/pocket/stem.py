@@ -46,8 +46,8 @@ def patch_labels(scene: Scene) -> Tensor:
     return labels
 
 
-def train_stem(data: SceneDataset, steps: int, log_path: Path) -> VisionStem:
-    """Train a stem with a linear head over its patch features; the head is thrown away."""
+def train_stem(data: SceneDataset, steps: int, log_path: Path) -> tuple[VisionStem, nn.Linear]:
+    """Train a stem and a linear head that names each patch from its features."""
     torch.manual_seed(SEED)
     config = pocket_config(1000)
     stem, head = VisionStem(config, folded=False), nn.Linear(config.image_feature_dim, NOTHING + 1)
@@ -77,7 +77,7 @@ def train_stem(data: SceneDataset, steps: int, log_path: Path) -> VisionStem:
                 line = {"step": step + 1, "loss": round(float(loss.detach()), 4), "accuracy": round(accuracy, 4)}
                 log.write(json.dumps({**line, "seconds": round(time.monotonic() - started, 1)}) + "\n")
                 log.flush()
-    return stem
+    return stem, head
 
 
 def main() -> None:
@@ -86,8 +86,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--out", type=Path, default=Path("var/pocket/stem.safetensors"))
     arguments = parser.parse_args()
-    stem = train_stem(SceneDataset(arguments.data), arguments.steps, arguments.out.with_suffix(".jsonl"))
-    save_file({name: tensor.contiguous() for name, tensor in stem.state_dict().items()}, arguments.out)
+    stem, head = train_stem(SceneDataset(arguments.data), arguments.steps, arguments.out.with_suffix(".jsonl"))
+    tensors = stem.state_dict() | {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,123 @@
+"""A tiny random backbone and prompts for it: real code, no weights, milliseconds."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from promptmux_prompts import ImageInput, Kind, Manifest, Prompt, PromptShape, write_prompt
+from promptmux_server.backbone.assemble import assemble
+from promptmux_server.backbone.config import BackboneConfig
+from promptmux_server.backbone.model import OFA
+from promptmux_server.backbone.tokenizer import Tokenizer, train_tokenizer
+from promptmux_server.backbone.weights import LoadedBackbone
+from promptmux_server.backbone.weights.random_init import random_backbone
+
+WORDS = "the a dog cat bird is left of right red blue what how many are there yes no maybe one two where in picture"
+BINS = 32
+
+
+@cache
+def tokenizer() -> Tokenizer:
+    corpus = [f" {word}" for word in WORDS.split()] * 4
+    return train_tokenizer(corpus, 400, num_bins=BINS)
+
+
+@cache
+def config() -> BackboneConfig:
+    return BackboneConfig(
+        name="tiny",
+        vocab_size=tokenizer().text_vocab_size + BINS,
+        d_model=64,
+        ffn_dim=96,
+        heads=2,
+        encoder_layers=2,
+        decoder_layers=3,
+        resnet_blocks=(1, 1, 1),
+        resnet_width=8,
+        image_bucket_size=8,
+        token_bucket_size=16,
+        max_positions=128,
+        num_codes=0,
+        num_bins=BINS,
+        max_image_size=64,
+        image_size=64,
+        dropout=0.0,
+    )
+
+
+@cache
+def backbone() -> LoadedBackbone:
+    tensors = random_backbone(config(), seed=3, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(5)
+    # Larger weights than at initialisation, so that outputs depend visibly on every input.
+    tensors = {n: t * 4 if t.ndim == 2 else t for n, t in tensors.items()}
+    for name, tensor in tensors.items():
+        if name.endswith(("bn1.bias", "bn2.bias", "bn3.bias", "layer_norm.bias")):
+            tensors[name] = torch.randn(tensor.shape, generator=generator) * 0.1
+    return LoadedBackbone(config(), tensors)
+
+
+@cache
+def model() -> OFA:
+    return assemble(backbone(), dtype=torch.float32)
+
+
+def shape() -> PromptShape:
+    c = config()
+    return PromptShape(c.encoder_layers, c.decoder_layers, c.heads, c.head_dim)
+
+
+def prompt(
+    name: str = "tiny-task",
+    *,
+    kind: Kind = "text",
+    encoder_length: int = 4,
+    decoder_length: int = 3,
+    seed: int = 0,
+    image: bool = True,
+    answers: tuple[str, ...] | None = None,
+    scale: float = 1.0,
+    **manifest: object,
+) -> Prompt:
+    c = config()
+    described = Manifest(
+        name=name,
+        kind=kind,
+        backbone_name=c.name,
+        fingerprint=backbone().fingerprint,
+        encoder_length=encoder_length,
+        decoder_length=decoder_length,
+        instruction=" {text}",
+        image=ImageInput(c.image_size) if image else None,
+        answers=answers,
+    )
+    described = replace(described, **manifest)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(layers: int, length: int) -> torch.Tensor:
+        return torch.randn(layers, c.heads, length, c.head_dim, generator=generator) * scale
+
+    return Prompt.build(
+        described,
+        draw(c.encoder_layers, encoder_length),
+        draw(c.encoder_layers, encoder_length),
+        draw(c.decoder_layers, decoder_length),
+        draw(c.decoder_layers, decoder_length),
+    )
+
+
+def write(folder: Path, *prompts: Prompt) -> Path:
+    """Put prompt files into a directory and return it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for item in prompts:
+        (folder / f"{item.manifest.name}.safetensors").write_bytes(write_prompt(item))
+    return folder
+
+
+def text(rng: random.Random, words: int) -> str:
+    return " ".join(rng.choice(WORDS.split()) for _ in range(words))
