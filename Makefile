@@ -2,19 +2,19 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 SOURCES := kernels/promptmux_kernels prompts/promptmux_prompts server/promptmux_server clients/python/promptmux
-CHECKED := $(SOURCES) tests clients/python/tests benchmarks examples
 .PHONY: install format lint types test bench demo serve soak art scenes pretrain library
 
 install: .venv/installed
 .venv/installed: pyproject.toml clients/python/pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv && $(BIN)/python -m pip install -q -c constraints.txt pip torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e clients/python -e '.[dev]' && touch $@
+	$(BIN)/python -m pip install -q -c constraints.txt --build-constraint constraints.txt -e clients/python -e '.[dev]'
+	touch $@
 
 format: install
-	$(BIN)/ruff check -q --fix $(CHECKED) && $(BIN)/ruff format -q $(CHECKED)
+	$(BIN)/ruff check -q --fix . && $(BIN)/ruff format -q .
 
 lint: install
-	$(BIN)/ruff check $(CHECKED) && $(BIN)/ruff format --check $(CHECKED) && $(BIN)/lint-imports
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/test_layout.py
 
 types: install
