@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -79,24 +79,22 @@ def prompt(
     encoder_length: int = 4,
     decoder_length: int = 3,
     seed: int = 0,
-    image: bool = True,
-    answers: tuple[str, ...] | None = None,
+    image_size: int | None = 64,
     scale: float = 1.0,
     **manifest: object,
 ) -> Prompt:
     c = config()
-    described = Manifest(
-        name=name,
-        kind=kind,
-        backbone_name=c.name,
-        fingerprint=backbone().fingerprint,
-        encoder_length=encoder_length,
-        decoder_length=decoder_length,
-        instruction=" {text}",
-        image=ImageInput(c.image_size) if image else None,
-        answers=answers,
-    )
-    described = replace(described, **manifest)  # type: ignore[arg-type]
+    fields: dict[str, Any] = {
+        "name": name,
+        "kind": kind,
+        "backbone_name": c.name,
+        "fingerprint": backbone().fingerprint,
+        "encoder_length": encoder_length,
+        "decoder_length": decoder_length,
+        "instruction": " {text}",
+        "image": ImageInput(image_size) if image_size else None,
+    }
+    described = Manifest(**{**fields, **manifest})
     generator = torch.Generator().manual_seed(seed)
 
     def draw(layers: int, length: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from promptmux_server.backbone.config import BOS
@@ -11,6 +12,9 @@ from promptmux_server.tasks.spec import TaskSpec
 from promptmux_server.tasks.text import as_question, clean
 
 MAX_TEXT_CHARACTERS = 4096
+
+_PLACEHOLDER = re.compile(r"\{(text|premise)\}")
+"""Both are filled in one pass, so that braces in a user's text stay text."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +34,7 @@ def encode_item(spec: TaskSpec, tokenizer: Tokenizer, text: str | None, premise:
     }
     if spec.kind == "answer" and text is not None:
         filled["text"] = as_question(filled["text"])
-    source = spec.manifest.instruction
-    for name, value in filled.items():
-        source = source.replace("{" + name + "}", value)
+    source = _PLACEHOLDER.sub(lambda match: filled[match[1]], spec.manifest.instruction)
     source_ids = tokenizer.source_ids(source)
     prefix = source_ids[:-1] if spec.manifest.decoder_input == "source" else [BOS]
     answers = spec.manifest.answers

@@ -18,7 +18,7 @@ def read_pickle(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or ("weights_only" in str(error).lower() and "global" in str(error).lower()):
+        if "GLOBAL" in str(error):  # the opcode that names a function or class
             raise UnsafePickle(
                 f"{path.name} asks to run code or build objects other than tensors; nothing of it was run. "
                 "Save its state dict as safetensors instead."
