@@ -33,7 +33,7 @@ serve: install
 	$(BIN)/promptmux serve
 
 soak: install
-	PROMPTMUX_SOAK=1 $(BIN)/python -m pytest -n 2 tests/api
+	$(BIN)/python -m pytest -n 2 -m soak
 
 # How the embedded backbone is made, in this order; only `art` needs npm.
 art:
