@@ -21,7 +21,7 @@ from promptmux_server.backbone.encoder import ImageTokens
 from promptmux_server.backbone.images import preprocess
 from promptmux_server.backbone.model import OFA
 from promptmux_server.backbone.tokenizer import Tokenizer
-from promptmux_server.engine.decoding import make_search
+from promptmux_server.engine.decoding import Search, make_search
 from promptmux_server.engine.prompt_table import PromptPools
 from promptmux_server.engine.registry import Registry, ServedTask
 from promptmux_server.engine.request import Answer, EngineLoad, ReloadReport, Request, TaskStatus
@@ -51,7 +51,7 @@ class _Ticket:
     request: Request
     task: ServedTask
     item: EncodedItem
-    params: DecodingParams
+    search: Search
     pixels: Future[Tensor] | None
     future: Future[Answer]
     admitted: float
@@ -154,7 +154,7 @@ class Engine:
             request=request,
             task=task,
             item=item,
-            params=params,
+            search=make_search(params, candidates=item.candidates, prefix=item.prefix_ids),
             pixels=Future() if request.image is not None else None,
             future=Future(),
             admitted=time.monotonic(),
@@ -187,7 +187,10 @@ class Engine:
         if not tickets:
             return
         clock = _Clock()
-        works = [self._work(ticket, image) for ticket, image in zip(tickets, images, strict=True)]
+        works = [
+            Work(ticket.item.source_ids, ticket.item.prefix_ids, image, ticket.search)
+            for ticket, image in zip(tickets, images, strict=True)
+        ]
         batch = RunningBatch(self._model, works, self._pools.batch([ticket.task.residence for ticket in tickets]))
         clock.mark("encode")
         batch.prefill()
@@ -197,11 +200,6 @@ class Engine:
             if batch.live_rows:
                 batch.step()
             self._settle(tickets, batch, clock)
-
-    def _work(self, ticket: _Ticket, image: ImageTokens | None) -> Work:
-        item = ticket.item
-        search = make_search(ticket.params, candidates=item.candidates, prefix=item.prefix_ids)
-        return Work(item.source_ids, item.prefix_ids, image, search)
 
     def _see(self, tickets: Sequence[_Ticket]) -> tuple[list[_Ticket], list[ImageTokens | None]]:
         """Run the stem once per distinct picture; a ticket whose picture cannot be prepared fails alone."""
@@ -268,14 +266,14 @@ class Engine:
         for row in batch.take_finished():
             ticket = tickets[row]
             try:
-                answer = self._answer(ticket, batch, row, clock)
+                answer = self._answer(ticket, clock)
             except PromptmuxError as error:
                 _fail(ticket, error)
             else:
                 _resolve(ticket, answer)
 
-    def _answer(self, ticket: _Ticket, batch: RunningBatch, row: int, clock: _Clock) -> Answer:
-        outcome = batch.works[row].search.outcome()
+    def _answer(self, ticket: _Ticket, clock: _Clock) -> Answer:
+        outcome = ticket.search.outcome()
         image = ticket.request.image
         size = (image.width, image.height) if image else None
         output, score = decode_outcome(ticket.task.spec, self._tokenizer, outcome, size)
