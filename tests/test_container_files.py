@@ -22,10 +22,8 @@ PORT = Settings.model_fields["port"].default
 def instructions(dockerfile: str) -> list[tuple[str, str]]:
     """(INSTRUCTION, arguments), continued lines joined, comments left out."""
     lines = "\n".join(line for line in dockerfile.splitlines() if not line.lstrip().startswith("#"))
-    joined = re.sub(r"\\\n\s*", "", lines)
-    return [
-        (word.upper(), rest.strip()) for word, _, rest in (line.partition(" ") for line in joined.split("\n")) if word
-    ]
+    joined = (line.partition(" ") for line in re.sub(r"\\\n\s*", "", lines).splitlines() if line)
+    return [(word.upper(), rest.strip()) for word, _, rest in joined]
 
 
 def last_stage(dockerfile: str) -> list[tuple[str, str]]:
@@ -70,7 +68,7 @@ def _faults_of_command(stage: list[tuple[str, str]]) -> Iterator[str]:
     except ValueError:
         yield "ENTRYPOINT and CMD are not in exec form: a shell would keep signals from the server"
         return
-    command = typer.main.get_command(app).commands.get(arguments[0])  # type: ignore[attr-defined]
+    command = typer.main.get_command(app).commands.get(arguments[0])
     options = {name for parameter in command.params for name in parameter.opts} if command else set()
     if entry != ["promptmux"] or not {word for word in arguments[1:] if word.startswith("--")} <= options:
         yield f"the command line knows no {arguments}"
