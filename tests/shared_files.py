@@ -1,4 +1,4 @@
-"""Files that lie beside the repository and are not part of it; a test that needs them is skipped where they are absent."""
+"""Files that lie beside the repository, not in it; a test that needs them is skipped where they are absent."""
 
 from __future__ import annotations
 
