@@ -40,7 +40,7 @@ def pocket_config(text_vocab_size: int) -> BackboneConfig:
 class Recipe:
     """Pretraining: one step sees `images` pictures with `texts` questions each, so that the stem is shared."""
 
-    steps: int = 2700
+    steps: int = 2400
     images: int = 32
     texts: int = 4
     learning_rate: float = 1.5e-3
