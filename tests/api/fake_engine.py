@@ -1,0 +1,85 @@
+"""An engine that answers from a script: the API's tests need no model."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import Future
+
+from promptmux_server.engine.request import Answer, EngineLoad, PromptRef, ReloadReport, Request, TaskStatus
+from promptmux_server.errors import (
+    DeadlineExceeded,
+    InvalidParameter,
+    NonfiniteOutput,
+    PromptmuxError,
+    PromptNotFound,
+)
+from promptmux_server.tasks import AnswerOutput
+
+SHA = "ab" * 32
+
+
+class FakeEngine:
+    """Task "echo" answers at once with the text, "slow" when told to, "late" misses its deadline, "nan" fails alone."""
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+        self.futures: list[Future[Answer]] = []
+        self.healthy = True
+        self.stopped_with: float | None = None
+        self.release = threading.Event()
+
+    def submit(self, request: Request) -> Future[Answer]:
+        self.requests.append(request)
+        future: Future[Answer] = Future()
+        self.futures.append(future)
+        errors: dict[str, PromptmuxError] = {
+            "late": DeadlineExceeded("Too late."),
+            "nan": NonfiniteOutput("Not finite."),
+        }
+        if request.task == "broken":
+            raise RuntimeError("a bug with a /secret/path.py inside")
+        if request.task not in ("echo", "slow", "late", "nan"):
+            raise PromptNotFound("No such task.", param="task")
+        if request.decoding:
+            raise InvalidParameter("No.", param="decoding.beam_size")
+        if request.task in errors:
+            future.set_exception(errors[request.task])
+        elif request.task == "echo":
+            future.set_result(self.answer(request))
+        else:
+            threading.Thread(target=self._finish_later, args=(request, future), daemon=True).start()
+        return future
+
+    def _finish_later(self, request: Request, future: Future[Answer]) -> None:
+        self.release.wait(10.0)
+        time.sleep(0.01)
+        if not future.cancelled():
+            future.set_result(self.answer(request))
+
+    def answer(self, request: Request) -> Answer:
+        return Answer(
+            task=request.task,
+            output=AnswerOutput(request.text or ""),
+            score=-0.5,
+            prompt=PromptRef(request.task, 1, SHA),
+            timings_ms={"total": 1.0},
+        )
+
+    def tasks(self) -> list[TaskStatus]:
+        return [TaskStatus(name="echo", state="ready", kind="answer", version=1, sha256=SHA, takes_text=True)]
+
+    def reload(self) -> ReloadReport:
+        return ReloadReport(unchanged=("echo",))
+
+    def ready(self) -> bool:
+        return self.healthy
+
+    def live(self) -> bool:
+        return self.healthy
+
+    def load(self) -> EngineLoad:
+        return EngineLoad(waiting=0, running=0)
+
+    def stop(self, drain_timeout_s: float) -> None:
+        self.stopped_with = drain_timeout_s
