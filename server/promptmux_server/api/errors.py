@@ -1,27 +1,23 @@
-"""The one place that turns an exception into an answer.
+"""The one place that turns an exception into an HTTP answer.
 
-Owns the error body, which is an RFC 9457 problem and OpenAI's `error` object at once, and the map from every exception
-that can reach the edge. A message that is not known to be safe to show never leaves: it becomes an opaque 500.
+The body is an RFC 9457 problem and OpenAI's error object at once, so that either kind of client understands it. It
+never repeats what was sent and never names a path.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from http import HTTPStatus
+import http
+import json
 from typing import Any
 
-from fastapi.exceptions import RequestValidationError
-from promptmux_prompts.errors import PromptFileError
+import structlog
+from promptmux_prompts import PromptFileError
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse
+from starlette.requests import Request
+from starlette.responses import Response
 
-from promptmux_server.api.field_names import known_path
 from promptmux_server.errors import (
     BadRequest,
-    ClientLeft,
     Internal,
     InvalidParameter,
     MethodNotAllowed,
@@ -29,114 +25,62 @@ from promptmux_server.errors import (
     RouteNotFound,
 )
 
-MAX_MESSAGE_CHARS = 300
-MAX_RETRY_AFTER_S = 30
-OPAQUE = "The server failed on this request; its log has the details under this request id."
+MAX_MESSAGE = 300
 
-OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """An error as the caller sees it."""
-
-    status: int
-    code: str
-    message: str
-    param: str | None = None
-    retryable: bool = False
-    headers: Mapping[str, str] = field(default_factory=dict)
+def request_id_of(scope: Any) -> str:
+    """The id that the edge middleware gave this request."""
+    found: str = scope.get("promptmux.request_id", "")
+    return found
 
 
-def problem_of(error: BaseException) -> Problem:
-    """The map. Every class of both error trees has its own entry; anything else is an opaque 500."""
+def as_promptmux_error(error: BaseException) -> PromptmuxError:
+    """Any exception as a member of our tree; what we do not know becomes an opaque `internal`."""
+    if isinstance(error, PromptmuxError):
+        return error
     if isinstance(error, PromptFileError):
-        return Problem(status=422, code=error.code, message=_short(str(error)))
-    if not isinstance(error, PromptmuxError):
-        error = _translated(error)
+        return InvalidParameter(str(error))
+    if isinstance(error, HTTPException):
+        if error.status_code == http.HTTPStatus.NOT_FOUND:
+            return RouteNotFound("There is no such route; see /openapi.json.")
+        if error.status_code == http.HTTPStatus.METHOD_NOT_ALLOWED:
+            return MethodNotAllowed("This route has no such method; see /openapi.json.")
+        return BadRequest("The request cannot be understood.")
+    return Internal("The server failed on this request; it is logged under its request id.")
+
+
+def error_object(error: PromptmuxError, request_id: str) -> dict[str, Any]:
+    """The `error` member of an answer or of one item."""
+    return {
+        "code": error.code,
+        "message": error.message[:MAX_MESSAGE],
+        "type": "invalid_request_error" if error.status < 500 else "server_error",
+        "param": error.param,
+        "request_id": request_id,
+        "retryable": error.retryable,
+    }
+
+
+def error_response(error: PromptmuxError, request_id: str) -> Response:
+    body = {
+        "type": f"urn:promptmux:error:{error.code}",
+        "title": error.code.replace("_", " "),
+        "status": error.status,
+        "detail": error.message[:MAX_MESSAGE],
+        "instance": f"urn:promptmux:request:{request_id}",
+        "error": error_object(error, request_id),
+    }
     headers = {}
     if error.status in (429, 503):
-        # Spread, so that callers turned away together do not come back together.
-        wait_s = error.retry_after_s or random.randint(1, 4)
-        headers["Retry-After"] = str(min(max(wait_s, 1), MAX_RETRY_AFTER_S))
-    return Problem(
-        status=error.status,
-        code=error.code,
-        message=OPAQUE if error.status == 500 else _short(error.message),
-        param=error.param,
-        retryable=error.retryable,
-        headers=headers,
-    )
+        headers["Retry-After"] = str(error.retry_after_s or 1)
+    return Response(json.dumps(body, allow_nan=False), error.status, headers, "application/json")
 
 
-def _translated(error: BaseException) -> PromptmuxError:
-    """Other people's exceptions, in our tree."""
-    if isinstance(error, RequestValidationError):
-        return _invalid_parameter(error)
-    if isinstance(error, ClientDisconnect):
-        return ClientLeft("The client closed the connection.")
-    if isinstance(error, HTTPException) and error.status_code < 500:
-        if error.status_code == 404:
-            return RouteNotFound("There is no such route; GET /openapi.json lists them.")
-        if error.status_code == 405:
-            return MethodNotAllowed("This route does not take this method; the Allow header lists those it takes.")
-        return BadRequest("The request cannot be understood.")
-    return Internal(OPAQUE)
-
-
-def _invalid_parameter(error: RequestValidationError) -> InvalidParameter:
-    """The first finding only, in pydantic's words for it, which hold bounds and choices but never the value sent."""
-    first = error.errors()[0]
-    unknown = first["type"] == "extra_forbidden"
-    path = known_path(first["loc"])
-    message = "An unknown field was sent here; GET /openapi.json lists the known ones." if unknown else first["msg"] + "."
-    return InvalidParameter(message, param=path)
-
-
-def error_object(problem: Problem, request_id: str) -> dict[str, Any]:
-    """The `error` member: OpenAI's fields plus request_id and retryable."""
-    fallback = "invalid_request_error" if problem.status < 500 else "server_error"
-    return {
-        "code": problem.code,
-        "message": problem.message,
-        "type": OPENAI_TYPES.get(problem.status, fallback),
-        "param": problem.param,
-        "request_id": request_id,
-        "retryable": problem.retryable,
-    }
-
-
-def problem_body(problem: Problem, request_id: str) -> dict[str, Any]:
-    """The whole body: RFC 9457 members around the `error` object."""
-    return {
-        "type": f"urn:promptmux:error:{problem.code}",
-        "title": _title(problem.status),
-        "status": problem.status,
-        "detail": problem.message,
-        "instance": f"urn:promptmux:request:{request_id}",
-        "error": error_object(problem, request_id),
-    }
-
-
-def problem_response(
-    problem: Problem, request_id: str, *, accept: str = "", headers: Mapping[str, str] | None = None
-) -> JSONResponse:
-    """The answer. Always application/json, or application/problem+json for a caller whose Accept names it."""
-    wants_problem = "application/problem+json" in accept
-    return JSONResponse(
-        problem_body(problem, request_id),
-        status_code=problem.status,
-        headers={**problem.headers, **(headers or {})},
-        media_type="application/problem+json" if wants_problem else "application/json",
-    )
-
-
-def _title(status: int) -> str:
-    return "Client Closed Request" if status == 499 else HTTPStatus(status).phrase
-
-
-def _short(message: str) -> str:
-    """One line of bounded length without control characters."""
-    line = " ".join(message.split())
-    line = "".join(character for character in line if character.isprintable())
-    return line if len(line) <= MAX_MESSAGE_CHARS else line[: MAX_MESSAGE_CHARS - 1] + "…"
+async def handle(request: Request, error: Exception) -> Response:
+    """Starlette's exception handler for everything."""
+    known = as_promptmux_error(error)
+    if isinstance(known, Internal):
+        log.error("request failed", request_id=request_id_of(request.scope), exc_info=error)
+    return error_response(known, request_id_of(request.scope))
