@@ -18,7 +18,6 @@ from api.fake_engine import SHA, FakeEngine
 from api.live_server import live_server
 from PIL import Image
 from prometheus_client import generate_latest
-
 from promptmux_server import errors as error_tree
 from promptmux_server.api.app import Application, build_app
 from promptmux_server.api.errors import as_promptmux_error, error_response
@@ -176,7 +175,9 @@ def test_a_compressed_body_is_refused(client: httpx2.Client) -> None:
     ("GET", "/v1/tasks/..%2f..%2fetc", 404, "route_not_found"),
     ("GET", "/metrics", 404, "route_not_found"),
 ])  # fmt: skip
-def test_absent_routes_answer_in_the_one_shape(client: httpx2.Client, method: str, path: str, status: int, code: str) -> None:
+def test_absent_routes_answer_in_the_one_shape(
+    client: httpx2.Client, method: str, path: str, status: int, code: str
+) -> None:
     assert_problem(client.request(method, path), status, code)
 
 
@@ -205,7 +206,10 @@ def test_tasks_reload_and_version(client: httpx2.Client) -> None:
 
 def test_items_beyond_the_queue_are_refused_before_their_pictures_are_decoded() -> None:
     engine = FakeEngine()
-    with live_server(build(engine, queue_size=3).asgi) as port, httpx2.Client(base_url=f"http://127.0.0.1:{port}") as client:
+    with (
+        live_server(build(engine, queue_size=3).asgi) as port,
+        httpx2.Client(base_url=f"http://127.0.0.1:{port}") as client,
+    ):
         items = [{"task": "echo", "image": "not a picture"}] * 4
         response = client.post("/v1/predict", json={"items": items})
         assert_problem(response, 503, "overloaded")
@@ -232,9 +236,9 @@ def test_a_client_that_stays_gets_its_slow_answer(client: httpx2.Client, engine:
 
 
 def wait_for(condition: Any) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen within 5 s"
+        assert time.monotonic() < deadline, "it did not happen within 20 s"
         time.sleep(0.01)
 
 
@@ -279,7 +283,16 @@ def test_with_keys_every_route_but_two_is_closed(keys: Keys, engine: FakeEngine)
     application = build(engine, keys)
     open_paths = {"/livez", "/readyz"}
     with live_server(application.asgi) as port, httpx2.Client(base_url=f"http://127.0.0.1:{port}") as client:
-        paths = ["/v1/predict", "/v1/tasks", "/v1/tasks/echo", "/v1/tasks:reload", "/health", "/version", "/openapi.json", "/x"]
+        paths = [
+            "/v1/predict",
+            "/v1/tasks",
+            "/v1/tasks/echo",
+            "/v1/tasks:reload",
+            "/health",
+            "/version",
+            "/openapi.json",
+            "/x",
+        ]
         for path in [*paths, "//livez", "/livez/", "/LIVEZ", "/livez%2f..", "/v1/tasks?x=/livez"]:
             for method in ("GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD"):
                 assert client.request(method, path).status_code == 401, (method, path)

@@ -11,47 +11,82 @@ import httpx2
 import pytest
 from api.fake_engine import FakeEngine
 from api.live_server import live_server
-from starlette.responses import PlainTextResponse
-
 from promptmux_server.api.app import build_app
 from promptmux_server.settings import Settings
+from starlette.responses import PlainTextResponse
 
 SEED = 20261124
 COUNT = 2000
 SECRET = "pl4nted"
-ROUTES = ("/v1/predict", "/v1/tasks", "/v1/tasks/echo", "/v1/tasks:reload", "/livez", "/readyz", "/health", "/version", "/x")
+ROUTES = (
+    "/v1/predict",
+    "/v1/tasks",
+    "/v1/tasks/echo",
+    "/v1/tasks:reload",
+    "/livez",
+    "/readyz",
+    "/health",
+    "/version",
+    "/x",
+)
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 LEAKS = re.compile(r"Traceback|/home/|/usr/|site-packages|0x[0-9a-f]{6,}|torch\.|\.py\b")
 
 
 def value(rng: random.Random, depth: int = 0) -> Any:
     choice = rng.randrange(12 if depth < 4 else 8)
-    scalars: list[Any] = [None, True, rng.randint(-9, 1 << 70), rng.random() * 1e300, SECRET, "é\u0000\u202e", "", "A" * 500]
+    scalars: list[Any] = [
+        None,
+        True,
+        rng.randint(-9, 1 << 70),
+        rng.random() * 1e300,
+        SECRET,
+        "é\u0000\u202e",
+        "",
+        "A" * 500,
+    ]
     if choice < 8:
         return scalars[choice]
     if choice < 10:
         return [value(rng, depth + 1) for _ in range(rng.randrange(4))]
-    return {rng.choice(["items", "task", "image", "text", SECRET]): value(rng, depth + 1) for _ in range(rng.randrange(4))}
+    return {
+        rng.choice(["items", "task", "image", "text", SECRET]): value(rng, depth + 1) for _ in range(rng.randrange(4))
+    }
 
 
 def request_body(rng: random.Random) -> bytes:
-    item = {"task": rng.choice(["echo", "late", "nan", SECRET, 3, None]), "text": value(rng), "image": value(rng), "decoding": value(rng)}
+    item = {
+        "task": rng.choice(["echo", "late", "nan", SECRET, 3, None]),
+        "text": value(rng),
+        "image": value(rng),
+        "decoding": value(rng),
+    }
     item = {k: v for k, v in item.items() if rng.random() < 0.6}
-    body: Any = rng.choice([item, {"items": [item] * rng.randrange(4)}, {"items": value(rng), "deadline_ms": value(rng)}, value(rng)])
+    body: Any = rng.choice(
+        [item, {"items": [item] * rng.randrange(4)}, {"items": value(rng), "deadline_ms": value(rng)}, value(rng)]
+    )
     data = bytearray(json.dumps(body).encode())
     for _ in range(rng.choice((0, 0, 1, 3))):
         place = rng.randrange(len(data) + 1)
-        data[place:place] = rng.choice([b"NaN", b"1e999", b"\xff", b"\\ud800", b"{", b"]", b'"', b"[" * 40, b'"a":1,"a":1,'])
+        data[place:place] = rng.choice(
+            [b"NaN", b"1e999", b"\xff", b"\\ud800", b"{", b"]", b'"', b"[" * 40, b'"a":1,"a":1,']
+        )
     return bytes(data[: rng.choice((len(data), len(data), rng.randrange(len(data) + 1)))])
 
 
 def send(client: httpx2.Client, rng: random.Random) -> httpx2.Response:
-    path = rng.choice([*ROUTES, "/v1/predict", "/v1/predict", f"/{rng.randrange(99)}/%00%2e%2e", f"/v1/tasks/{SECRET}%0d%0a"])
+    path = rng.choice(
+        [*ROUTES, "/v1/predict", "/v1/predict", f"/{rng.randrange(99)}/%00%2e%2e", f"/v1/tasks/{SECRET}%0d%0a"]
+    )
     kind = rng.choice(["application/json", "application/json; charset=utf-8", "application/json", "text/xml", ""])
-    headers = {"content-type": kind} | rng.choice([{}, {"x-request-id": f"<{SECRET}>"}, {"authorization": "Bearer "}, {"accept": "x"}])
+    headers = {"content-type": kind} | rng.choice(
+        [{}, {"x-request-id": f"<{SECRET}>"}, {"authorization": "Bearer "}, {"accept": "x"}]
+    )
     body = request_body(rng)
     content: Any = body if rng.random() < 0.8 else (body[i : i + 7] for i in range(0, len(body), 7))
-    return client.request(rng.choice(METHODS if path != "/v1/predict" else ("POST",)), path, content=content, headers=headers)
+    return client.request(
+        rng.choice(METHODS if path != "/v1/predict" else ("POST",)), path, content=content, headers=headers
+    )
 
 
 def complaint(response: httpx2.Response) -> str | None:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
 from promptmux_server.backbone.images import ImageLimits, decode_base64_image, decode_image, preprocess
 from promptmux_server.errors import ImageTooLarge, MalformedImage, PromptmuxError
 
@@ -96,7 +95,9 @@ def test_both_base64_alphabets_are_understood() -> None:
         assert decode_base64_image(encode(data).decode(), LIMITS).width == 33
 
 
-@pytest.mark.parametrize("text", ["", "%%%%", "AAAA\n", "QUJD=", "QUJ", "data:image/png;base64,AAAA", "ü" * 8, "http://127.0.0.1/x.png"])
+@pytest.mark.parametrize(
+    "text", ["", "%%%%", "AAAA\n", "QUJD=", "QUJ", "data:image/png;base64,AAAA", "ü" * 8, "http://127.0.0.1/x.png"]
+)
 def test_what_is_not_base64_of_a_picture_is_refused(text: str) -> None:
     with pytest.raises(PromptmuxError) as caught:
         decode_base64_image(text, LIMITS)

@@ -8,14 +8,13 @@ from collections.abc import Sequence
 import pytest
 import tiny
 import torch
-from torch import Tensor
-
 from promptmux_server.backbone.config import BOS, EOS
 from promptmux_server.backbone.encoder import ImageTokens
 from promptmux_server.engine.decoding import make_search
 from promptmux_server.engine.prompt_table import PromptPools, Residence
 from promptmux_server.engine.runner import RunningBatch, Work
 from promptmux_server.tasks.decoding import DecodingParams, Outcome
+from torch import Tensor
 
 CPU = torch.device("cpu")
 LENGTHS = [(0, 0), (1, 7), (64, 100), (128, 128), (7, 0), (0, 33), (32, 32), (31, 65)]
@@ -29,7 +28,8 @@ Case = tuple[int, tuple[int, ...], tuple[int, ...], ImageTokens | None, Decoding
 def pools() -> tuple[PromptPools, list[Residence]]:
     pools = PromptPools(tiny.config(), torch.float32, CPU)
     prompts = [
-        tiny.prompt(f"p{i}", seed=i, encoder_length=LENGTHS[i % 8][0], decoder_length=LENGTHS[i % 8][1]) for i in range(16)
+        tiny.prompt(f"p{i}", seed=i, encoder_length=LENGTHS[i % 8][0], decoder_length=LENGTHS[i % 8][1])
+        for i in range(16)
     ]
     return pools, [pools.store(prompt) for prompt in prompts]
 
@@ -53,7 +53,9 @@ def random_cases(count: int, seed: int) -> list[Case]:
         params = rng.choice(
             [
                 DecodingParams(method="greedy", max_length=6),
-                DecodingParams(beam_size=rng.choice((2, 3, 5)), max_length=rng.randint(2, 7), no_repeat_ngram=rng.choice((0, 2))),
+                DecodingParams(
+                    beam_size=rng.choice((2, 3, 5)), max_length=rng.randint(2, 7), no_repeat_ngram=rng.choice((0, 2))
+                ),
                 DecodingParams(method="sample", seed=rng.randrange(1000), max_length=5, top_k=20),
                 DecodingParams(method="candidates"),
                 DecodingParams(beam_size=3, max_length=8, constrained=True),
@@ -67,7 +69,10 @@ def run(
     cases: Sequence[Case], pools: PromptPools, homes: Sequence[Residence], dropped: Sequence[int] = ()
 ) -> tuple[list[Outcome | None], Tensor, list[int]]:
     """(outcomes, first logits of every row, rows that failed); rows in `dropped` leave after their first logits."""
-    works = [Work(source, prefix, image, make_search(params, candidates=ANSWERS, prefix=prefix)) for _, source, prefix, image, params in cases]
+    works = [
+        Work(source, prefix, image, make_search(params, candidates=ANSWERS, prefix=prefix))
+        for _, source, prefix, image, params in cases
+    ]
     first: list[Tensor] = []
     original = RunningBatch._advance
 
@@ -115,9 +120,14 @@ def test_another_prompt_gives_other_logits(pools: tuple[PromptPools, list[Reside
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")], ids=str)
 @pytest.mark.parametrize("side", ["encoder", "decoder"])
 @pytest.mark.parametrize("layer", [0, -1], ids=["first-layer", "last-layer"])
-def test_a_poisoned_prompt_fails_its_own_requests_and_changes_no_other_bit(poison: float, side: str, layer: int) -> None:
+def test_a_poisoned_prompt_fails_its_own_requests_and_changes_no_other_bit(
+    poison: float, side: str, layer: int
+) -> None:
     pools = PromptPools(tiny.config(), torch.float32, CPU)
-    homes = [pools.store(tiny.prompt(f"p{i}", seed=i, encoder_length=n, decoder_length=n)) for i, n in enumerate((1, 7, 64, 100))]
+    homes = [
+        pools.store(tiny.prompt(f"p{i}", seed=i, encoder_length=n, decoder_length=n))
+        for i, n in enumerate((1, 7, 64, 100))
+    ]
     cases = [(i % 4, *case[1:]) for i, case in enumerate(random_cases(16, seed=3))]
     own = [row for row, case in enumerate(cases) if case[0] == 2]
     # The benign run loses the same rows at the same moment: the shape of a float32 product changes its last bits.

@@ -8,10 +8,9 @@ import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shared_files import ofa_bpe_dir
-
 from promptmux_server.backbone.tokenizer import Tokenizer
 from promptmux_server.errors import BackboneFileError
+from shared_files import ofa_bpe_dir
 
 EXAMPLES = {
     " yes": [4420],

@@ -10,9 +10,6 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
-from shared_files import golden_dir
-
 from promptmux_prompts import PromptShape, load_prompt
 from promptmux_server.backbone.config import BackboneConfig, ConfigError
 from promptmux_server.backbone.sizes import OFA_SIZES
@@ -20,6 +17,8 @@ from promptmux_server.backbone.vision import VisionStem
 from promptmux_server.backbone.weights import convert, fold_batch_norm, load_backbone, write_backbone
 from promptmux_server.backbone.weights.names import expected_shapes, from_transformers
 from promptmux_server.errors import BackboneFileError, BackboneKeysError, BackboneNotFound, UnsafePickle
+from safetensors.torch import load_file, save_file
+from shared_files import golden_dir
 
 
 def test_our_format_survives_a_round_trip(tmp_path: Path) -> None:
@@ -86,7 +85,9 @@ def test_renames_are_anchored() -> None:
     assert from_transformers("decoder.layers.0.cross_attn_mid_layer_norm.bias") == "decoder.layers.0.cross_attn_ln.bias"
     assert from_transformers("decoder.layers.0.cross_attn.c_attn") == "decoder.layers.0.encoder_attn.c_attn"
     assert from_transformers("encoder.layers.10.self_attn_mid_layer_norm.weight") == "encoder.layers.10.attn_ln.weight"
-    assert from_transformers("encoder.layers.1.self_attn_layer_norm.bias") == "encoder.layers.1.self_attn_layer_norm.bias"
+    assert (
+        from_transformers("encoder.layers.1.self_attn_layer_norm.bias") == "encoder.layers.1.self_attn_layer_norm.bias"
+    )
 
 
 class Malice:
@@ -105,7 +106,10 @@ def test_a_pickle_that_calls_a_function_is_refused_and_nothing_runs(tmp_path: Pa
         source = tmp_path / "evil"
         source.mkdir()
         shutil.copyfile(golden_dir() / "hf" / "config.json", source / "config.json")
-    torch.save({"model": {"x": torch.zeros(1)}, "cfg": Malice(canary)}, source if place == "fairseq" else source / "pytorch_model.bin")
+    torch.save(
+        {"model": {"x": torch.zeros(1)}, "cfg": Malice(canary)},
+        source if place == "fairseq" else source / "pytorch_model.bin",
+    )
     with pytest.raises(UnsafePickle, match="nothing of it was run"):
         convert(source, tmp_path / "out")
     assert not canary.exists()
@@ -119,7 +123,11 @@ def test_the_same_pickle_would_have_run(tmp_path: Path) -> None:
     assert canary.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x04N.", b"<html>", os.urandom(200)], ids=["empty", "zip", "none", "html", "noise"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"PK\x03\x04", b"\x80\x04N.", b"<html>", os.urandom(200)],
+    ids=["empty", "zip", "none", "html", "noise"],
+)
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.pt"
     path.write_bytes(content)
@@ -160,7 +168,10 @@ def test_a_configuration_is_read_strictly(text: str) -> None:
 
 def test_folding_changes_no_feature() -> None:
     unfolded = VisionStem(tiny.config(), folded=False).eval()
-    state = {name: torch.rand_like(value) + 0.5 if value.is_floating_point() else value for name, value in unfolded.state_dict().items()}
+    state = {
+        name: torch.rand_like(value) + 0.5 if value.is_floating_point() else value
+        for name, value in unfolded.state_dict().items()
+    }
     unfolded.load_state_dict(state)
     prefix = "encoder.embed_images."
     folded = VisionStem(tiny.config()).eval()

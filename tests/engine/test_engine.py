@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-
 from promptmux_server.backbone.images import DecodedImage, from_array
 from promptmux_server.engine.engine import Engine
 from promptmux_server.engine.request import Request
@@ -58,7 +57,7 @@ def ask(task: str = "a", text: str = "the dog", *, within_s: float = 30.0, **fie
 
 def until_running(engine: Engine) -> None:
     """Wait until the engine has taken what was submitted, so that what follows forms a batch of its own."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while engine.load().running == 0:
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -88,7 +87,9 @@ def test_an_answer_names_the_prompt_version_that_gave_it(start: Start) -> None:
 
 def test_tasks_in_one_batch_answer_as_they_do_alone(start: Start, held: threading.Event) -> None:
     engine = start(max_batch=16)
-    requests = [ask("ab"[i % 2], tiny.WORDS[i : i + 12].strip(), image=picture(i % 3) if i % 4 else None) for i in range(12)]
+    requests = [
+        ask("ab"[i % 2], tiny.WORDS[i : i + 12].strip(), image=picture(i % 3) if i % 4 else None) for i in range(12)
+    ]
     first = engine.submit(requests[0])  # occupies the engine, so that the rest forms one batch
     together = [engine.submit(request) for request in requests[1:]]
     held.set()
@@ -104,7 +105,9 @@ def test_the_same_picture_passes_the_stem_once_a_batch(
 ) -> None:
     seen: list[int] = []
     original = tiny.model().image_tokens
-    monkeypatch.setattr(tiny.model(), "image_tokens", lambda pixels: seen.append(len(pixels)) or original(pixels), raising=False)
+    monkeypatch.setattr(
+        tiny.model(), "image_tokens", lambda pixels: seen.append(len(pixels)) or original(pixels), raising=False
+    )
     engine = start()
     first = engine.submit(ask(image=None))
     until_running(engine)

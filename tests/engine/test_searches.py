@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from torch import Tensor
-
 from promptmux_server.backbone.config import EOS, PAD
 from promptmux_server.engine.decoding import NonFiniteLogits, Search, Trie, make_search
 from promptmux_server.errors import InvalidParameter
 from promptmux_server.tasks.decoding import DecodingParams, Outcome
+from torch import Tensor
 
 VOCABULARY = 9
 Model = Callable[[tuple[int, ...]], Tensor]
@@ -41,16 +40,12 @@ def drive(search: Search, model: Model) -> Outcome:
 
 
 def log_prob(model: Model, tokens: Sequence[int], temperature: float = 1.0) -> float:
-    return sum(
-        float((model(tuple(tokens[:i])) / temperature).log_softmax(-1)[token]) for i, token in enumerate(tokens)
-    )
+    return sum(float((model(tuple(tokens[:i])) / temperature).log_softmax(-1)[token]) for i, token in enumerate(tokens))
 
 
 def every_text(min_length: int, max_length: int) -> list[tuple[int, ...]]:
     words = [token for token in range(VOCABULARY) if token not in (PAD, EOS)]
-    return [
-        (*text, EOS) for n in range(min_length, max_length + 1) for text in itertools.product(words, repeat=n)
-    ]
+    return [(*text, EOS) for n in range(min_length, max_length + 1) for text in itertools.product(words, repeat=n)]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -172,7 +167,10 @@ def test_a_seed_draws_the_same_text_whatever_was_drawn_before() -> None:
 
 
 def test_seeds_draw_different_texts() -> None:
-    texts = {drive(make_search(DecodingParams(method="sample", seed=s, max_length=8)), toy(3)).hypotheses[0].tokens for s in range(20)}
+    texts = {
+        drive(make_search(DecodingParams(method="sample", seed=s, max_length=8)), toy(3)).hypotheses[0].tokens
+        for s in range(20)
+    }
     assert len(texts) > 5
 
 
@@ -197,7 +195,9 @@ def test_sampling_follows_the_distribution() -> None:
         step = search.advance(logits[None].clone())
         assert step is not None
         counts[step.tokens[0]] += 1
-    assert float(((counts[allowed] - expected) ** 2 / expected).sum()) < 24.3  # 0.1 % point of chi-square, 7 - 1 degrees
+    assert (
+        float(((counts[allowed] - expected) ** 2 / expected).sum()) < 24.3
+    )  # 0.1 % point of chi-square, 7 - 1 degrees
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)

@@ -6,8 +6,6 @@ import random
 
 import pytest
 import torch
-from torch import Tensor
-
 from promptmux_kernels import (
     PAGE,
     PagedPrompts,
@@ -19,6 +17,7 @@ from promptmux_kernels import (
     prefix_decode_attention,
     use_form,
 )
+from torch import Tensor
 
 HEADS, DIM = 2, 16
 TOLERANCE = 2e-6  # float32 sums of at most 300 terms of size one
@@ -29,7 +28,10 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 
 def prompts_of(lengths: list[int], seed: int = 1) -> PagedPrompts:
-    pairs = [(normal(1, HEADS, n, DIM, seed=seed + i), normal(1, HEADS, n, DIM, seed=seed + 99 + i)) for i, n in enumerate(lengths)]
+    pairs = [
+        (normal(1, HEADS, n, DIM, seed=seed + i), normal(1, HEADS, n, DIM, seed=seed + 99 + i))
+        for i, n in enumerate(lengths)
+    ]
     return pack_prompts(pairs, range(len(lengths))).layer(0)
 
 
@@ -88,7 +90,15 @@ def test_prompt_keys_carry_no_bias() -> None:
     for form in ("cpu", "reference"):
         with use_form(form):  # type: ignore[arg-type]
             out = prefix_attention(
-                zeros, zeros, ones, rows=rows, prompts=prompt, bias=bias, scale=1.0, head_scale=torch.ones(HEADS), causal=False
+                zeros,
+                zeros,
+                ones,
+                rows=rows,
+                prompts=prompt,
+                bias=bias,
+                scale=1.0,
+                head_scale=torch.ones(HEADS),
+                causal=False,
             )
         torch.testing.assert_close(out, ones, atol=1e-4, rtol=0)
 

@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from safetensors.torch import save
-
 from promptmux_prompts import (
     InvalidPromptFile,
     Manifest,
@@ -29,6 +27,7 @@ from promptmux_prompts import (
     write_prompt,
 )
 from promptmux_prompts.importers.ofa import fold_generator, join_table, split_table
+from safetensors.torch import save
 
 FINGERPRINT = tiny.backbone().fingerprint
 
@@ -204,7 +203,10 @@ def test_two_thousand_mutations_raise_documented_errors_only() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_tensors_survive_in_every_type(dtype: torch.dtype) -> None:
     prompt = tiny.prompt()
-    stored = Prompt.build(prompt.manifest, *(t.to(dtype) for t in (prompt.encoder_key, prompt.encoder_value, prompt.decoder_key, prompt.decoder_value)))
+    stored = Prompt.build(
+        prompt.manifest,
+        *(t.to(dtype) for t in (prompt.encoder_key, prompt.encoder_value, prompt.decoder_key, prompt.decoder_value)),
+    )
     again = read(write_prompt(stored), dtype=dtype)
     assert again.digest == stored.digest
     assert all(torch.equal(again.tensors[name], tensor) for name, tensor in stored.tensors.items())
@@ -256,7 +258,10 @@ def test_a_directory_serves_the_good_and_explains_the_bad(tmp_path: Path) -> Non
     (tmp_path / "notes.txt").write_text("not a prompt")
     report = scan_directory(tmp_path, shape=tiny.shape(), fingerprint=FINGERPRINT, dtype=torch.float32)
     assert [prompt.manifest.name for prompt in report.prompts] == ["fine", "good"]
-    assert {entry.name: entry.code for entry in report.refused} == {"broken": "invalid_prompt_file", "renamed": "invalid_prompt_file"}
+    assert {entry.name: entry.code for entry in report.refused} == {
+        "broken": "invalid_prompt_file",
+        "renamed": "invalid_prompt_file",
+    }
 
 
 def test_a_manifest_survives_its_json() -> None:
@@ -266,7 +271,13 @@ def test_a_manifest_survives_its_json() -> None:
 
 def test_a_folded_generator_is_the_generator() -> None:
     generator = torch.Generator().manual_seed(1)
-    shapes = {"embedding.weight": (6, 8), "trans.0.weight": (20, 8), "trans.0.bias": (20,), "trans.2.weight": (48, 20), "trans.2.bias": (48,)}
+    shapes = {
+        "embedding.weight": (6, 8),
+        "trans.0.weight": (20, 8),
+        "trans.0.bias": (20,),
+        "trans.2.weight": (48, 20),
+        "trans.2.bias": (48,),
+    }
     tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     first, last = torch.nn.Linear(8, 20), torch.nn.Linear(20, 48)
     for layer, number in ((first, 0), (last, 2)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import tiny
-
 from promptmux_prompts import InvalidPromptFile
 from promptmux_server.backbone.sizes import OFA_SIZES
 from promptmux_server.errors import InvalidParameter, NoBoxFound
@@ -96,7 +95,11 @@ def hypothesis(*tokens: int, score: float = -1.0) -> Hypothesis:
 
 
 def test_label_probabilities_sum_to_one_and_follow_the_scores() -> None:
-    task = spec(kind="label", answers=("yes", "no", "maybe"), labels={"yes": "entailment", "no": "contradiction", "maybe": "neutral"})
+    task = spec(
+        kind="label",
+        answers=("yes", "no", "maybe"),
+        labels={"yes": "entailment", "no": "contradiction", "maybe": "neutral"},
+    )
     outcome = Outcome((hypothesis(5),), (-3.0, -1.0, -2.0))
     output, _ = decode_outcome(task, tiny.tokenizer(), outcome, None)
     assert output.kind == "label"

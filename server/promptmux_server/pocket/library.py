@@ -74,13 +74,12 @@ def manifest(task: TaskName, backbone: LoadedBackbone, recipe: TuningRecipe | No
 
 
 def batches(
-    task: TaskName, model: OFA, tokenizer: Tokenizer, spec: TaskSpec, data: SceneDataset, pictures: int, seed: int
+    task: TaskName, model: OFA, tokenizer: Tokenizer, spec: TaskSpec, data: SceneDataset, seen: Sequence[ImageTokens]
 ) -> Iterator[TuningBatch]:
-    """Endless batches about the first `pictures` scenes, whose pass through the frozen stem is made once."""
-    seen = stem_once(model, data, range(pictures))
-    rng = random.Random(seed)
+    """Endless batches about the first scenes of the data, `seen` by the frozen stem already."""
+    rng = random.Random(RECIPES[task].seed)
     while True:
-        chosen = [rng.randrange(pictures) for _ in range(ROWS)]
+        chosen = [rng.randrange(len(seen)) for _ in range(ROWS)]
         examples = []
         for row, index in enumerate(chosen):
             sample = task_sample(task, data[index][1], rng)
@@ -101,20 +100,25 @@ def stem_once(model: OFA, data: SceneDataset, indices: Sequence[int]) -> list[Im
 
 
 def tune_task(
-    task: TaskName, backbone: LoadedBackbone, model: OFA, tokenizer: Tokenizer, data: SceneDataset, pictures: int
+    task: TaskName,
+    backbone: LoadedBackbone,
+    model: OFA,
+    tokenizer: Tokenizer,
+    data: SceneDataset,
+    seen: Sequence[ImageTokens],
 ) -> Prompt:
     """Tune one shipped prompt; its manifest has no score yet."""
     recipe = RECIPES[task]
     described = manifest(task, backbone, recipe)
     spec = TaskSpec.from_manifest(described, backbone.config)
-    tables = tune(model, recipe, batches(task, model, tokenizer, spec, data, pictures, recipe.seed))
+    tables = tune(model, recipe, batches(task, model, tokenizer, spec, data, seen))
     provenance = {
         "method": "prompt",
         "steps": recipe.steps,
         "rows": ROWS,
         "learning_rate": recipe.learning_rate,
         "seed": recipe.seed,
-        "data": f"composed scenes 0 to {pictures - 1}, split train",
+        "data": f"composed scenes 0 to {len(seen) - 1}, split train",
     }
     with torch.no_grad():
         encoder, decoder = tables.sides()
@@ -141,7 +145,7 @@ def main() -> None:
     parser.add_argument("--backbone", type=Path, default=WEIGHTS)
     parser.add_argument("--train", type=Path, default=Path("var/pocket/train"))
     parser.add_argument("--heldout", type=Path, default=Path("var/pocket/heldout"))
-    parser.add_argument("--pictures", type=int, default=8000)
+    parser.add_argument("--pictures", type=int, default=6000)
     parser.add_argument("--scenes", type=int, default=1000, help="held-out scenes to score on")
     parser.add_argument("--out", type=Path, default=Path("prompts/library"))
     parser.add_argument("--task", choices=TASKS, action="append", help="only this task (may be repeated)")
@@ -155,9 +159,10 @@ def main() -> None:
     )
     train, heldout = SceneDataset(arguments.train), SceneDataset(arguments.heldout)
     arguments.out.mkdir(parents=True, exist_ok=True)
+    seen = stem_once(model, train, range(arguments.pictures))
     for task in arguments.task or TASKS:
         log.info("%s", task)
-        prompt = tune_task(task, backbone, model, tokenizer, train, arguments.pictures)
+        prompt = tune_task(task, backbone, model, tokenizer, train, seen)
         for title, candidate in (("backbone alone", bare_prompt(task, backbone)), ("with its prompt", prompt)):
             with tempfile.TemporaryDirectory() as folder:
                 Path(folder, f"{task}.safetensors").write_bytes(write_prompt(candidate))
