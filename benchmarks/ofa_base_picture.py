@@ -1,7 +1,7 @@
 """How long a picture takes on OFA-base: random weights, 480 px, bfloat16, through loader, engine and searches.
 
-`python benchmarks/ofa_base_picture.py` writes a transformers-format directory, loads it as a user's would be loaded, and
-prints one line of JSON. Absolute times are of the machine they were taken on.
+`python benchmarks/ofa_base_picture.py` writes a transformers-format directory, loads it as a user's would be loaded,
+and prints one line of JSON. Absolute times are of the machine they were taken on.
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ def caption_prompt(config: BackboneConfig, fingerprint: str, length: int) -> Pro
         instruction=" {text}",
         image=ImageInput(480),
     )
-    sides = [draw(n) for n in (config.encoder_layers, config.encoder_layers, config.decoder_layers, config.decoder_layers)]
+    sides = [
+        draw(n) for n in (config.encoder_layers, config.encoder_layers, config.decoder_layers, config.decoder_layers)
+    ]
     return Prompt.build(manifest, *sides)
 
 

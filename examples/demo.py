@@ -16,9 +16,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from promptmux import Answer, Client, Item
 from rich.console import Console
 from rich.table import Table
+
+from promptmux import Answer, Client, Item
 
 HERE = Path(__file__).parent
 START_TIMEOUT_S = 120.0

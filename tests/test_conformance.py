@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import conformance
 import pytest
 from safetensors.torch import load_file, save_file
+
+import conformance
 from shared_files import golden_dir
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
+
 from promptmux_server.cli import app
 from promptmux_server.settings import Settings, unknown_variables
 from shared_files import ROOT

@@ -13,6 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
 from shared_files import ROOT
 
 RUNTIME = ("server/promptmux_server", "kernels/promptmux_kernels", "prompts/promptmux_prompts")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from shared_files import ROOT
 
 TARGETS = set(["install", "format", "lint", "types", "test", "bench", "demo", "serve", "soak", "art", "pretrain"])

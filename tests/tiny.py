@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from promptmux_prompts import ImageInput, Kind, Manifest, Prompt, PromptShape, write_prompt
 from promptmux_server.backbone.assemble import assemble
 from promptmux_server.backbone.config import BackboneConfig

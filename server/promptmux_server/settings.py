@@ -74,7 +74,7 @@ class Settings(BaseSettings):
         if not self.is_loopback and self.api_keys is None:
             raise ValueError(
                 f"refusing to listen on {self.host!r} without API keys: anyone who can reach it could use it. "
-                "Give a key file (--api-keys), or listen on 127.0.0.1"
+                "Name a key file in PROMPTMUX_API_KEYS, or listen on 127.0.0.1"
             )
         return self
 

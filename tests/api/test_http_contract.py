@@ -14,10 +14,11 @@ from typing import Any
 
 import httpx2
 import pytest
-from api.fake_engine import SHA, FakeEngine
-from api.live_server import live_server
 from PIL import Image
 from prometheus_client import generate_latest
+
+from api.fake_engine import SHA, FakeEngine
+from api.live_server import live_server
 from promptmux_server import errors as error_tree
 from promptmux_server.api.app import Application, build_app
 from promptmux_server.api.errors import as_promptmux_error, error_response
@@ -221,7 +222,8 @@ def test_items_beyond_the_queue_are_refused_before_their_pictures_are_decoded() 
 def test_a_client_that_leaves_cancels_its_items(client: httpx2.Client, engine: FakeEngine) -> None:
     body = json.dumps({"items": [{"task": "slow"}] * 3}).encode()
     with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:  # type: ignore[arg-type]
-        head = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+        head += "Content-Type: application/json\r\n\r\n"
         connection.sendall(head.encode() + body)
         wait_for(lambda: len(engine.futures) == 3)
     wait_for(lambda: all(future.cancelled() for future in engine.futures))

@@ -9,11 +9,12 @@ from typing import Any
 
 import httpx2
 import pytest
+from starlette.responses import PlainTextResponse
+
 from api.fake_engine import FakeEngine
 from api.live_server import live_server
 from promptmux_server.api.app import build_app
 from promptmux_server.settings import Settings
-from starlette.responses import PlainTextResponse
 
 SEED = 20261124
 COUNT = 2000

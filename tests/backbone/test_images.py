@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from promptmux_server.backbone.images import ImageLimits, decode_base64_image, decode_image, preprocess
 from promptmux_server.errors import ImageTooLarge, MalformedImage, PromptmuxError
 

@@ -6,15 +6,16 @@ import random
 from collections.abc import Sequence
 
 import pytest
-import tiny
 import torch
+from torch import Tensor
+
+import tiny
 from promptmux_server.backbone.config import BOS, EOS
 from promptmux_server.backbone.encoder import ImageTokens
 from promptmux_server.engine.decoding import make_search
 from promptmux_server.engine.prompt_table import PromptPools, Residence
 from promptmux_server.engine.runner import RunningBatch, Work
 from promptmux_server.tasks.decoding import DecodingParams, Outcome
-from torch import Tensor
 
 CPU = torch.device("cpu")
 LENGTHS = [(0, 0), (1, 7), (64, 100), (128, 128), (7, 0), (0, 33), (32, 32), (31, 65)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from promptmux_server.backbone.positions import image_buckets, image_position_ids, token_buckets
 
 TOKEN = {0: 255, 1: 256, -1: 254, 127: 382, 128: 383, 129: 384, 130: 384, 150: 393, 200: 411, 256: 426, 512: 468}

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import tiny
 from promptmux_server.backbone.tokenizer import Tokenizer
 from promptmux_server.errors import BackboneFileError
 from shared_files import ofa_bpe_dir

@@ -8,8 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
+from safetensors.torch import load_file, save_file
+
+import tiny
 from promptmux_prompts import PromptShape, load_prompt
 from promptmux_server.backbone.config import BackboneConfig, ConfigError
 from promptmux_server.backbone.sizes import OFA_SIZES
@@ -17,7 +19,6 @@ from promptmux_server.backbone.vision import VisionStem
 from promptmux_server.backbone.weights import convert, fold_batch_norm, load_backbone, write_backbone
 from promptmux_server.backbone.weights.names import expected_shapes, from_transformers
 from promptmux_server.errors import BackboneFileError, BackboneKeysError, BackboneNotFound, UnsafePickle
-from safetensors.torch import load_file, save_file
 from shared_files import golden_dir
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from promptmux import BoxOutput, CaptionOutput, Client, Item, LabelOutput
 from shared_files import ROOT, golden_dir
 
@@ -53,6 +54,7 @@ def test_help_needs_no_torch() -> None:
         (("serve", "--backbone", "/nowhere"), {}, "no backbone"),
         (("serve", "--prompts", "/nowhere"), {}, "no prompt directory"),
         (("serve",), {"PROMPTMUX_TYPO": "1"}, "PROMPTMUX_TYPO"),
+        (("serve",), {"PROMPTMUX_API_KEYS": "/nowhere"}, "key file cannot be read"),
         (("tasks", "--url", "http://127.0.0.1:9"), {}, "Cannot reach"),
         (("convert", "/nowhere", "/tmp/x"), {}, "no backbone"),
     ],

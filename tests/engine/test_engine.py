@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
+
+import tiny
 from promptmux_server.backbone.images import DecodedImage, from_array
 from promptmux_server.engine.engine import Engine
 from promptmux_server.engine.request import Request

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from torch import Tensor
+
 from promptmux_server.backbone.config import EOS, PAD
 from promptmux_server.engine.decoding import NonFiniteLogits, Search, Trie, make_search
 from promptmux_server.errors import InvalidParameter
 from promptmux_server.tasks.decoding import DecodingParams, Outcome
-from torch import Tensor
 
 VOCABULARY = 9
 Model = Callable[[tuple[int, ...]], Tensor]

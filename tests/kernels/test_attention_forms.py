@@ -6,6 +6,8 @@ import random
 
 import pytest
 import torch
+from torch import Tensor
+
 from promptmux_kernels import (
     PAGE,
     PagedPrompts,
@@ -17,7 +19,6 @@ from promptmux_kernels import (
     prefix_decode_attention,
     use_form,
 )
-from torch import Tensor
 
 HEADS, DIM = 2, 16
 TOLERANCE = 2e-6  # float32 sums of at most 300 terms of size one

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+
 from promptmux_server.pocket.art import HELD_OUT, KINDS, TRAINING_KINDS
 from promptmux_server.pocket.dataset import SceneDataset, render_shard
 from promptmux_server.pocket.questions import NUMBERS, question_about

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from safetensors.torch import save
+
+import tiny
 from promptmux_prompts import (
     InvalidPromptFile,
     Manifest,
@@ -27,7 +29,6 @@ from promptmux_prompts import (
     write_prompt,
 )
 from promptmux_prompts.importers.ofa import fold_generator, join_table, split_table
-from safetensors.torch import save
 
 FINGERPRINT = tiny.backbone().fingerprint
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 import tiny
 from promptmux_prompts import InvalidPromptFile
 from promptmux_server.backbone.sizes import OFA_SIZES

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import tiny
 import torch
+
+import tiny
 from promptmux_server.backbone.config import BOS, EOS
 from promptmux_server.training.forward import Example, supervised_logits
 from promptmux_server.training.loss import label_smoothed_loss

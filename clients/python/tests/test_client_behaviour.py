@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import promptmux
 import pytest
 from PIL import Image
+
+import promptmux
 from promptmux import APIStatusError, AsyncClient, Client, ConnectionFailed, Item, PromptmuxError, RequestTimeout
 from promptmux._errors import BY_CODE, BY_STATUS, class_for
 from promptmux._retry import RetryPolicy

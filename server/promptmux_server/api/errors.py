@@ -11,11 +11,11 @@ import json
 from typing import Any
 
 import structlog
-from promptmux_prompts import PromptFileError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from promptmux_prompts import PromptFileError
 from promptmux_server.errors import (
     BadRequest,
     Internal,

@@ -29,7 +29,11 @@ class Keys:
     def read(cls, path: Path) -> Self:
         """Read lines `NAME SCOPE[,SCOPE] SHA256`; blank lines and # comments are skipped. Raises KeyFileError."""
         scopes = {}
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise KeyFileError("the key file cannot be read") from error
+        for number, line in enumerate(lines, start=1):
             if not line.strip() or line.lstrip().startswith("#"):
                 continue
             match = _LINE.fullmatch(line.strip())

@@ -59,13 +59,17 @@ async def _run(server: _Server, application: Application, engine: EnginePort, se
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end)
-    loop.add_signal_handler(signal.SIGHUP, lambda: log.info("prompts reloaded", report=str(engine.reload())))
+    loop.add_signal_handler(signal.SIGHUP, lambda: loop.run_in_executor(None, _reload, engine))
     if settings.metrics_port is not None:
         start_http_server(settings.metrics_port, "127.0.0.1", application.metrics.registry)
     try:
         await server.serve()
     finally:
         engine.stop(0.0 if server.force_exit else settings.drain_timeout_s)
+
+
+def _reload(engine: EnginePort) -> None:
+    log.info("prompts reloaded", report=str(engine.reload()))
 
 
 async def _drain(server: _Server, application: Application, settings: Settings) -> None:

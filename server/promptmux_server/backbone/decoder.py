@@ -12,6 +12,8 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from promptmux_kernels import (
     PagedPrompts,
     PromptBatch,
@@ -21,8 +23,6 @@ from promptmux_kernels import (
     prefix_attention,
     prefix_decode_attention,
 )
-from torch import Tensor, nn
-
 from promptmux_server.backbone.cache import DecodeCache
 from promptmux_server.backbone.config import BackboneConfig
 from promptmux_server.backbone.encoder import GRIDS_CACHED, Encoder, EncoderOutput, position_scores

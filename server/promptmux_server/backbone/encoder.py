@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from promptmux_kernels import PagedPrompts, PromptBatch, Rows, SharedBias, prefix_attention
 from torch import Tensor, nn
 
+from promptmux_kernels import PagedPrompts, PromptBatch, Rows, SharedBias, prefix_attention
 from promptmux_server.backbone.config import BackboneConfig
 from promptmux_server.backbone.layers import EncoderLayer, drop_path_rates
 from promptmux_server.backbone.positions import (

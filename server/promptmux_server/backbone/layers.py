@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from promptmux_kernels import Rows
 from torch import Tensor, nn
 
+from promptmux_kernels import Rows
 from promptmux_server.backbone.config import BackboneConfig
 
 SelfAttend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from promptmux_kernels import PromptBatch, Rows
 from torch import Tensor, nn
 
+from promptmux_kernels import PromptBatch, Rows
 from promptmux_server.backbone.cache import DecodeCache
 from promptmux_server.backbone.config import BackboneConfig
 from promptmux_server.backbone.decoder import BeamRows, Decoder, Memory

@@ -25,16 +25,16 @@ log = structlog.get_logger(__name__)
 
 
 def run_server(settings: Settings) -> None:
-    """Serve until a signal ends the process. Raises BackboneError."""
+    """Serve until a signal ends the process. Raises BackboneError, KeyFileError."""
     configure_logging()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    keys = Keys.read(settings.api_keys) if settings.api_keys else None
     engine, name = build_engine(settings)
     report = engine.start()
     for task, problem in report.refused.items():
         log.warning("prompt refused", task=task, code=problem.code, reason=problem.message)
     log.info("serving", backbone=name, tasks=len(report.added), host=settings.host, port=settings.port)
-    keys = Keys.read(settings.api_keys) if settings.api_keys else None
     serve(build_app(engine, settings, name, keys), engine, settings)
 
 

@@ -40,6 +40,7 @@ def serve(
     except ValidationError as error:
         fail("; ".join(f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors()))
 
+    from promptmux_server.api.keys import KeyFileError
     from promptmux_server.cli.process import run_server
     from promptmux_server.errors import PromptmuxError
 
@@ -47,3 +48,5 @@ def serve(
         run_server(settings)
     except PromptmuxError as error:
         fail(error.message)
+    except KeyFileError as error:
+        fail(str(error))

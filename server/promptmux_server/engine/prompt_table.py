@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from promptmux_kernels import PAGE, PromptBatch
 from promptmux_kernels.rows import to_pages
 from promptmux_prompts import Prompt
-from torch import Tensor
-
 from promptmux_server.backbone.config import BackboneConfig
 from promptmux_server.engine.runner import BatchPrompts
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from promptmux_prompts import DirectoryReport, Prompt, PromptFileError, PromptShape, scan_directory
-
 from promptmux_server.backbone.config import BackboneConfig
 from promptmux_server.engine.prompt_table import PromptPools, Residence
 from promptmux_server.engine.request import PromptRef, ReloadReport, TaskProblem, TaskStatus

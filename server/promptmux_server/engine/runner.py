@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from promptmux_kernels import PromptBatch, Rows
 from torch import Tensor
 
+from promptmux_kernels import PromptBatch, Rows
 from promptmux_server.backbone.cache import DecodeCache
 from promptmux_server.backbone.decoder import BeamRows, Memory
 from promptmux_server.backbone.encoder import EncoderRow, ImageTokens

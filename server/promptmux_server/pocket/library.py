@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from promptmux_prompts import ImageInput, Kind, Manifest, Prompt, write_prompt
 
+from promptmux_prompts import ImageInput, Kind, Manifest, Prompt, write_prompt
 from promptmux_server.backbone.assemble import assemble
 from promptmux_server.backbone.config import BOS
 from promptmux_server.backbone.encoder import ImageTokens

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from promptmux_prompts import InvalidPromptFile, Kind, Manifest
-
 from promptmux_server.backbone.config import BackboneConfig
 from promptmux_server.errors import InvalidParameter
 from promptmux_server.tasks.decoding import DecodingParams

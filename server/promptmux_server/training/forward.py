@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from promptmux_kernels import PromptBatch
 from torch import Tensor
 
+from promptmux_kernels import PromptBatch
 from promptmux_server.backbone.config import EOS
 from promptmux_server.backbone.encoder import EncoderRow, ImageTokens
 from promptmux_server.backbone.model import OFA

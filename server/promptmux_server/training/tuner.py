@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from promptmux_kernels import PromptBatch, pack_prompts
-from promptmux_prompts.importers.ofa import split_table
 from torch import Tensor, nn
 
+from promptmux_kernels import PromptBatch, pack_prompts
+from promptmux_prompts.importers.ofa import split_table
 from promptmux_server.backbone.config import BackboneConfig
 from promptmux_server.backbone.encoder import ImageTokens
 from promptmux_server.backbone.model import OFA

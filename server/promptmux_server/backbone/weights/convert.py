@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
 from promptmux_prompts import Manifest, Prompt, write_prompt
 from promptmux_prompts.importers.ofa import fold_generator, split_table
-
 from promptmux_server.backbone.config import BackboneConfig
 from promptmux_server.backbone.weights.load import load_backbone
 from promptmux_server.backbone.weights.loaded import LoadedBackbone
