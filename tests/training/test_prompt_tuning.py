@@ -36,7 +36,7 @@ def test_tuning_lowers_the_loss_and_leaves_the_backbone_alone() -> None:
     before = {name: tensor.clone() for name, tensor in tiny.model().state_dict().items()}
     start = nll(PromptTables(tiny.config(), RECIPE).eval())
     tables = tune(tiny.model(), RECIPE, batches())
-    assert nll(tables) < 0.5 * start
+    assert nll(tables) < 0.7 * start
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny.model().state_dict().items())
 
 
