@@ -81,7 +81,7 @@ def send(client: httpx2.Client, rng: random.Random) -> httpx2.Response:
     )
     kind = rng.choice(["application/json", "application/json; charset=utf-8", "application/json", "text/xml", ""])
     headers = {"content-type": kind} | rng.choice(
-        [{}, {"x-request-id": f"<{SECRET}>"}, {"authorization": "Bearer "}, {"accept": "x"}]
+        [{}, {"x-request-id": f"<{SECRET}>"}, {"authorization": "Bearer"}, {"accept": "x"}]
     )
     body = request_body(rng)
     content: Any = body if rng.random() < 0.8 else (body[i : i + 7] for i in range(0, len(body), 7))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from concurrent.futures import Future
 from dataclasses import asdict
@@ -13,14 +14,22 @@ import anyio
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from promptmux_server.api.errors import as_promptmux_error, error_object, error_response, request_id_of
+from promptmux_server.api.errors import error_object, error_response, request_id_of
 from promptmux_server.api.json_body import decode_json
 from promptmux_server.api.metrics import Metrics
 from promptmux_server.api.schemas import PredictItem, PredictRequest, parse_predict
 from promptmux_server.backbone.images import ImageLimits, decode_base64_image
 from promptmux_server.engine.request import Answer, EnginePort
 from promptmux_server.engine.request import Request as EngineRequest
-from promptmux_server.errors import ClientLeft, InvalidParameter, Overloaded, PromptmuxError, UnsupportedMediaType
+from promptmux_server.errors import (
+    ClientLeft,
+    DeadlineExceeded,
+    InvalidParameter,
+    NonfiniteOutput,
+    Overloaded,
+    PromptmuxError,
+    UnsupportedMediaType,
+)
 from promptmux_server.settings import Settings
 
 
@@ -41,7 +50,7 @@ class Predictor:
             raise Overloaded("The server's queue is full. Retry after the given time.", retry_after_s=1)
         self._admitted += count
         try:
-            outcomes = await _unless_client_leaves(request, self._answer_all(request, call))
+            outcomes = await self._unless_client_leaves(request, call)
         finally:
             self._admitted -= count
         return _response(call, outcomes, request_id_of(request.scope))
@@ -61,23 +70,63 @@ class Predictor:
             raise InvalidParameter(f"deadline_ms is at most {self._settings.max_deadline_ms}.", param="deadline_ms")
         return call
 
+    async def _unless_client_leaves(self, request: Request, call: PredictRequest) -> list[Answer | PromptmuxError]:
+        """The outcomes; if the client disconnects first, everything is cancelled and ClientLeft raised."""
+        outcomes: list[Answer | PromptmuxError] | None = None
+        async with anyio.create_task_group() as group:
+
+            async def watch() -> None:
+                while (await request.receive())["type"] != "http.disconnect":
+                    pass
+                group.cancel_scope.cancel()
+
+            group.start_soon(watch)
+            outcomes = await self._answer_all(request, call)
+            group.cancel_scope.cancel()
+        if outcomes is None:
+            raise ClientLeft("The client left before the answer was ready.")
+        return outcomes
+
     async def _answer_all(self, request: Request, call: PredictRequest) -> list[Answer | PromptmuxError]:
         deadline = time.monotonic() + (call.deadline_ms or self._settings.default_deadline_ms) / 1000.0
         request_id = request_id_of(request.scope)
-        return await asyncio.gather(*(self._answer(item, request_id, deadline) for item in call.items))
+        outcomes: dict[int, Answer | PromptmuxError] = {}
+
+        async def answer_one(index: int) -> None:
+            outcomes[index] = await self._answer(call.items[index], request_id, deadline)
+
+        async with anyio.create_task_group() as group:
+            for index in range(len(call.items)):
+                group.start_soon(answer_one, index)
+        return [outcomes[index] for index in range(len(call.items))]
 
     async def _answer(self, item: PredictItem, request_id: str, deadline: float) -> Answer | PromptmuxError:
         """One item's answer or error; an error of one item is not an error of the call."""
         try:
-            future = await anyio.to_thread.run_sync(self._submit, item, request_id, deadline, limiter=self._decoders)
-            answer = await asyncio.wrap_future(future)
-        except Exception as error:
-            known = as_promptmux_error(error)
-            if not isinstance(error, PromptmuxError):
-                raise
-            self._metrics.item(item.task, known.code, {})
-            return known
+            answer = await self._awaited(item, request_id, deadline)
+        except PromptmuxError as error:
+            self._metrics.item(item.task, error.code, {})
+            return error
         self._metrics.item(item.task, "ok", answer.timings_ms)
+        return answer
+
+    async def _awaited(self, item: PredictItem, request_id: str, deadline: float) -> Answer:
+        """Submit and wait, until the deadline at most. However this ends, no work is left behind in the engine."""
+        future: Future[Answer] | None = None
+        try:
+            with anyio.fail_after(max(0.0, deadline - time.monotonic())):
+                # anyio lets the thread end before a cancellation is felt: no future is lost, nor a decoder's place.
+                future = await anyio.to_thread.run_sync(
+                    self._submit, item, request_id, deadline, limiter=self._decoders
+                )
+                answer = await asyncio.wrap_future(future)
+        except TimeoutError as error:
+            raise DeadlineExceeded("The request's deadline passed before its answer was complete.") from error
+        finally:
+            if future is not None:
+                future.cancel()
+        if not _is_finite(answer):
+            raise NonfiniteOutput("This task's prompt produced numbers that are not finite.")
         return answer
 
     def _submit(self, item: PredictItem, request_id: str, deadline: float) -> Future[Answer]:
@@ -96,23 +145,11 @@ class Predictor:
         )
 
 
-async def _unless_client_leaves(request: Request, work: Any) -> Any:
-    """Await `work`; if the client disconnects first, cancel it (and with it the engine's futures)."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientLeft("The client left before the answer was ready.")
-    finally:
-        working.cancel()
-        leaving.cancel()
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+def _is_finite(answer: Answer) -> bool:
+    """Whether every number of an answer can be written as JSON."""
+    box = getattr(answer.output, "box", ())
+    probabilities = getattr(answer.output, "probabilities", {})
+    return all(map(math.isfinite, (answer.score, *box, *probabilities.values())))
 
 
 def _response(call: PredictRequest, outcomes: list[Answer | PromptmuxError], request_id: str) -> Response:
