@@ -32,7 +32,14 @@ def part_ids(parts: Sequence[Part], tokenizer: Tokenizer, config: BackboneConfig
 
 
 def training_examples(
-    scene: Scene, image: int, count: int, tokenizer: Tokenizer, config: BackboneConfig, rng: random.Random
+    scene: Scene,
+    image: int,
+    count: int,
+    tokenizer: Tokenizer,
+    config: BackboneConfig,
+    rng: random.Random,
+    *,
+    described: bool = True,
 ) -> list[Example]:
     """`count` pretraining examples about one scene, which is picture number `image` of its batch."""
     return [
@@ -42,5 +49,5 @@ def training_examples(
             target=part_ids(sample.target, tokenizer, config),
             image=image,
         )
-        for sample in pretrain_samples(scene, rng, count)
+        for sample in pretrain_samples(scene, rng, count, described=described)
     ]

@@ -104,10 +104,13 @@ class Pretraining:
         rng = random.Random(self.recipe.seed * 1_000_003 + self.step)
         chosen = [data[rng.randrange(len(data))] for _ in range(self.recipe.images)]
         pixels = to_pixels(torch.stack([torch.from_numpy(image.copy()) for image, _ in chosen]))
+        described = self.step < self.recipe.described_steps
         examples = [
             example
             for index, (_, scene) in enumerate(chosen)
-            for example in training_examples(scene, index, self.recipe.texts, self.tokenizer, self.config, rng)
+            for example in training_examples(
+                scene, index, self.recipe.texts, self.tokenizer, self.config, rng, described=described
+            )
         ]
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.rate(self.step)

@@ -40,9 +40,11 @@ def pocket_config(text_vocab_size: int) -> BackboneConfig:
 class Recipe:
     """Pretraining: one step sees `images` pictures with `texts` questions each, so that the stem is shared."""
 
-    steps: int = 2400
+    steps: int = 2250
     images: int = 32
     texts: int = 4
+    described_steps: int = 1500
+    """Until then every picture is described whole in each step; after that, once it can be, questions take the room."""
     learning_rate: float = 1.5e-3
     warmup_steps: int = 200
     weight_decay: float = 0.02

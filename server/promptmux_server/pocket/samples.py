@@ -62,10 +62,15 @@ def vqa_answers() -> tuple[str, ...]:
     return ("yes", "no", *NUMBERS, *COLOURS, *KINDS)
 
 
-def pretrain_samples(scene: Scene, rng: random.Random, count: int) -> list[Sample]:
-    """`count` samples, the first two a caption and a list of all boxes: the densest supervision of a picture."""
-    makers: tuple[Callable[[Scene, random.Random], Sample], ...] = (_question, _question, _where, _matching, _region)
-    return [_caption(scene, rng), _detection(scene), *(maker(scene, rng) for maker in rng.choices(makers, k=count - 2))]
+def pretrain_samples(scene: Scene, rng: random.Random, count: int, *, described: bool = True) -> list[Sample]:
+    """`count` samples. `described` begins with a caption and a list of all boxes, the densest supervision of a picture;
+    otherwise with one of the two, which leaves more room for questions."""
+    first = [_caption(scene, rng), _detection(scene)]
+    if not described:
+        first = [rng.choice(first)]
+    makers: tuple[Callable[[Scene, random.Random], Sample], ...] = (_question, _where, _matching, _region)
+    rest = rng.choices(makers, weights=(3, 2, 2, 1), k=count - len(first))
+    return [*first, *(maker(scene, rng) for maker in rest)]
 
 
 def _caption(scene: Scene, rng: random.Random) -> Sample:
