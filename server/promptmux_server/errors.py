@@ -17,6 +17,11 @@ the one place that turns an exception into an answer.
     │   ├── ImageTooLarge              413  image_too_large
     │   ├── UnsupportedMediaType       415  unsupported_media_type
     │   ├── InvalidParameter           422  invalid_parameter
+    │   ├── PromptRefused              422  invalid_prompt_file    a prompt file that the reader refuses
+    │   │   ├── PromptShapeMismatch    422  prompt_shape_mismatch
+    │   │   ├── PromptNonfinite        422  prompt_nonfinite
+    │   │   ├── PromptDigestMismatch   422  prompt_digest_mismatch
+    │   │   └── PromptBackboneMismatch 422  prompt_backbone_mismatch
     │   ├── NoBoxFound                 422  no_box                 the output of the model is not a box
     │   ├── TenantQueueFull            429  tenant_queue_full      the caller's own share is used up
     │   ├── HeaderTooLarge             431  header_too_large
@@ -141,6 +146,37 @@ class InvalidParameter(RequestError):
 
     code = "invalid_parameter"
     status = 422
+
+
+class PromptRefused(RequestError):
+    """A prompt file that cannot be served; `promptmux_prompts` has the same codes for whoever reads files alone."""
+
+    code = "invalid_prompt_file"
+    status = 422
+
+
+class PromptShapeMismatch(PromptRefused):
+    """Tensors of another model size, or of other lengths than the manifest says."""
+
+    code = "prompt_shape_mismatch"
+
+
+class PromptNonfinite(PromptRefused):
+    """NaN, Inf or absurdly large values."""
+
+    code = "prompt_nonfinite"
+
+
+class PromptDigestMismatch(PromptRefused):
+    """The content is not what was announced."""
+
+    code = "prompt_digest_mismatch"
+
+
+class PromptBackboneMismatch(PromptRefused):
+    """The prompt was trained for another backbone."""
+
+    code = "prompt_backbone_mismatch"
 
 
 class NoBoxFound(RequestError):

@@ -11,14 +11,16 @@ from typing import Any
 
 import uvicorn
 
+from promptmux_server.api.serving import server_config
+from promptmux_server.settings import Settings
+
 
 @contextmanager
 def live_server(asgi: Any) -> Iterator[int]:
     """Serve on a free loopback port and yield it."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(asgi, log_config=None, access_log=False, lifespan="off")
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(server_config(asgi, Settings()))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     deadline = time.monotonic() + 10

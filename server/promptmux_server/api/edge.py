@@ -6,6 +6,8 @@ read before the key is checked.
 
 from __future__ import annotations
 
+import asyncio
+import math
 import re
 import time
 import uuid
@@ -17,13 +19,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from promptmux_server.api.errors import as_promptmux_error, error_response
 from promptmux_server.api.keys import Keys
 from promptmux_server.api.metrics import Metrics
-from promptmux_server.errors import BadRequest, BodyTooLarge, ClientLeft, HeaderTooLarge
+from promptmux_server.errors import BadRequest, BodyTooLarge, ClientLeft, Draining, HeaderTooLarge
 from promptmux_server.settings import Settings
 
 OPEN_ROUTES = frozenset({"/livez", "/readyz"})
 """Answered without a key."""
 ADMIN_ROUTES = frozenset({"/v1/tasks:reload"})
 """Answered to keys of scope `admin` only."""
+
+WORTH_READING = 64 * 1024
+"""Bytes of an unwanted body that are read and dropped to keep its connection open."""
+
+MAX_LENGTH_DIGITS = 19
+"""Digits of a Content-Length that is meant seriously."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -40,19 +48,21 @@ class Edge:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await _refuse(scope, send)
             return
         started = time.monotonic()
         request_id = _request_id(scope["headers"])
         scope["promptmux.request_id"] = request_id
         status = 499  # unless an answer is begun: then the client has left
-        counted = _CappedBody(receive, self._settings.max_body_bytes)
+        counted = _CappedBody(scope["headers"], receive, self._settings.max_body_bytes)
 
         async def answer(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                if counted.is_long:
+                    message["headers"].append((b"connection", b"close"))
             await send(message)
 
         try:
@@ -61,6 +71,10 @@ class Edge:
         except Exception as error:  # ours from the checks above; others have been answered and come by to be seen
             if status == 499 and not isinstance(error, ClientLeft):
                 await error_response(as_promptmux_error(error), request_id)(scope, receive, answer)
+        except asyncio.CancelledError:  # only the server's own end cancels a request: its drain timeout has passed
+            if status == 499:
+                late = Draining("The server shut down before this request was complete.", retry_after_s=5)
+                await error_response(late, request_id)(scope, receive, answer)
         finally:
             seconds = time.monotonic() - started
             self._metrics.http(scope, status, seconds)
@@ -75,26 +89,48 @@ class Edge:
             raise HeaderTooLarge(f"Request line and headers exceed {self._settings.max_header_bytes} bytes.")
         if self._keys is not None and scope["path"] not in OPEN_ROUTES:
             self._keys.check(headers, admin=scope["path"] in ADMIN_ROUTES)
-        for name, value in headers:
-            if name == b"content-length" and value.isdigit() and int(value) > self._settings.max_body_bytes:
-                raise BodyTooLarge(f"The body exceeds {self._settings.max_body_bytes} bytes.")
-            if name == b"content-encoding" and value.lower() not in (b"", b"identity"):
-                raise BadRequest("Compressed bodies are not accepted.")
+        if self._settings.max_body_bytes < _declared_size(headers) < math.inf:
+            raise BodyTooLarge(f"The body exceeds {self._settings.max_body_bytes} bytes.")
+        if any(name == b"content-encoding" and value.lower() not in (b"", b"identity") for name, value in headers):
+            raise BadRequest("Compressed bodies are not accepted.")
 
 
 class _CappedBody:
     """Counts the bytes of a body as they come in; raises BodyTooLarge at the first too many."""
 
-    def __init__(self, receive: Receive, limit: int) -> None:
+    def __init__(self, headers: Headers, receive: Receive, limit: int) -> None:
         self._receive, self._left = receive, limit
+        self._unread = _declared_size(headers)
+
+    @property
+    def is_long(self) -> bool:
+        """Whether so much of the body is unread that closing the connection is cheaper than reading on."""
+        return self._unread > WORTH_READING
 
     async def __call__(self) -> Message:
         message = await self._receive()
         if message["type"] == "http.request":
-            self._left -= len(message.get("body", b""))
+            size = len(message.get("body", b""))
+            self._left -= size
+            self._unread = self._unread - size if message.get("more_body") else 0
             if self._left < 0:
                 raise BodyTooLarge("The body is larger than this server accepts.")
         return message
+
+
+def _declared_size(headers: Headers) -> float:
+    """Bytes of the body as the headers say it; infinite for a chunked one, 0 for none."""
+    sizes = dict(headers)
+    if b"transfer-encoding" in sizes:
+        return math.inf
+    length = sizes.get(b"content-length", b"0")
+    return int(length) if length.isdigit() and len(length) <= MAX_LENGTH_DIGITS else math.inf
+
+
+async def _refuse(scope: Scope, send: Send) -> None:
+    """No route here speaks WebSocket, and one that passed this wrapper would pass unauthenticated."""
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1003})
 
 
 def _request_id(headers: Headers) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import http
 import json
+import random
+from collections.abc import Mapping
 from typing import Any
 
 import structlog
@@ -19,13 +21,18 @@ from promptmux_prompts import PromptFileError
 from promptmux_server.errors import (
     BadRequest,
     Internal,
-    InvalidParameter,
     MethodNotAllowed,
     PromptmuxError,
+    PromptRefused,
     RouteNotFound,
 )
 
 MAX_MESSAGE = 300
+MAX_RETRY_AFTER_S = 30
+
+_PROMPT_ERRORS: dict[str, type[PromptRefused]] = {
+    refusal.code: refusal for refusal in (PromptRefused, *PromptRefused.__subclasses__())
+}
 
 log = structlog.get_logger(__name__)
 
@@ -41,7 +48,7 @@ def as_promptmux_error(error: BaseException) -> PromptmuxError:
     if isinstance(error, PromptmuxError):
         return error
     if isinstance(error, PromptFileError):
-        return InvalidParameter(str(error))
+        return _PROMPT_ERRORS[error.code](str(error))
     if isinstance(error, HTTPException):
         if error.status_code == http.HTTPStatus.NOT_FOUND:
             return RouteNotFound("There is no such route; see /openapi.json.")
@@ -63,7 +70,8 @@ def error_object(error: PromptmuxError, request_id: str) -> dict[str, Any]:
     }
 
 
-def error_response(error: PromptmuxError, request_id: str) -> Response:
+def error_response(error: PromptmuxError, request_id: str, headers: Mapping[str, str] | None = None) -> Response:
+    """The answer to a failed request; `headers` are added to those that the error itself asks for."""
     body = {
         "type": f"urn:promptmux:error:{error.code}",
         "title": error.code.replace("_", " "),
@@ -72,10 +80,18 @@ def error_response(error: PromptmuxError, request_id: str) -> Response:
         "instance": f"urn:promptmux:request:{request_id}",
         "error": error_object(error, request_id),
     }
-    headers = {}
-    if error.status in (429, 503):
-        headers["Retry-After"] = str(error.retry_after_s or 1)
-    return Response(json.dumps(body, allow_nan=False), error.status, headers, "application/json")
+    return Response(
+        json.dumps(body, allow_nan=False), error.status, {**_headers(error), **(headers or {})}, "application/json"
+    )
+
+
+def _headers(error: PromptmuxError) -> dict[str, str]:
+    if error.status == http.HTTPStatus.UNAUTHORIZED:
+        return {"WWW-Authenticate": "Bearer"}
+    if error.status in (http.HTTPStatus.TOO_MANY_REQUESTS, http.HTTPStatus.SERVICE_UNAVAILABLE):
+        # Spread, so that callers who are turned away together do not come back together.
+        return {"Retry-After": str(min(error.retry_after_s or random.randint(1, 4), MAX_RETRY_AFTER_S))}
+    return {}
 
 
 async def handle(request: Request, error: Exception) -> Response:
@@ -83,4 +99,5 @@ async def handle(request: Request, error: Exception) -> Response:
     known = as_promptmux_error(error)
     if isinstance(known, Internal):
         log.error("request failed", request_id=request_id_of(request.scope), exc_info=error)
-    return error_response(known, request_id_of(request.scope))
+    allowed = getattr(error, "headers", None) if isinstance(known, MethodNotAllowed) else None
+    return error_response(known, request_id_of(request.scope), allowed)

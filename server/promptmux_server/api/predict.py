@@ -47,7 +47,7 @@ class Predictor:
         count = len(call.items)
         # Counted before anything is decoded: a burst must not cost pictures that are refused afterwards.
         if self._admitted + count > self._settings.queue_size:
-            raise Overloaded("The server's queue is full. Retry after the given time.", retry_after_s=1)
+            raise Overloaded("The server's queue is full. Retry after the given time.")
         self._admitted += count
         try:
             outcomes = await self._unless_client_leaves(request, call)
@@ -139,7 +139,7 @@ class Predictor:
                 text=item.text,
                 premise=item.premise,
                 image=image,
-                decoding=item.decoding,
+                decoding=None if item.decoding is None else item.decoding.model_dump(exclude_none=True),
                 deadline=deadline,
             )
         )

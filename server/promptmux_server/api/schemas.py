@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -17,6 +17,23 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+class Decoding(_Strict):
+    """Overrides of the task's own decoding parameters; what is left out or null keeps the task's value."""
+
+    method: Literal["greedy", "beam", "sample", "candidates"] | None = None
+    beam_size: int | None = Field(None, description="1 to 8.")
+    min_length: int | None = None
+    max_length: int | None = Field(None, description="Generated tokens, 1 to 256.")
+    length_penalty: float | None = None
+    normalize: bool | None = None
+    no_repeat_ngram: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    constrained: bool | None = Field(None, description="Keep to the task's closed answer set.")
+
+
 class PredictItem(_Strict):
     """One request of a task."""
 
@@ -25,7 +42,7 @@ class PredictItem(_Strict):
     image: str | None = Field(None, description="A JPEG, PNG or WebP file as base64.")
     text: str | None = Field(None, max_length=MAX_TEXT, description="The question, hypothesis or expression.")
     premise: str | None = Field(None, max_length=MAX_TEXT, description="For tasks whose instruction has a premise.")
-    decoding: dict[str, Any] | None = Field(None, description="Overrides, such as beam_size or max_length.")
+    decoding: Decoding | None = None
 
 
 class PredictRequest(_Strict):
@@ -49,7 +66,7 @@ def parse_predict(raw: Any) -> PredictRequest:
         _explain(error)
 
 
-_KNOWN = PredictItem.model_fields.keys() | PredictRequest.model_fields.keys()
+_KNOWN = PredictItem.model_fields.keys() | PredictRequest.model_fields.keys() | Decoding.model_fields.keys()
 
 
 def _explain(error: ValidationError) -> NoReturn:

@@ -1,7 +1,8 @@
 """The process around the application: sockets, signals, and an orderly end.
 
 SIGTERM: /readyz turns 503 while requests are still taken, then no more are accepted, then what runs is finished, then
-the process exits 0. A second signal ends it at once. SIGHUP reads the prompt directory again.
+the process exits 0; what runs longer than the drain timeout gets 503. A second signal ends it at once, and SIGINT,
+which comes from a person, skips the wait. SIGHUP reads the prompt directory again.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from collections.abc import Iterator
 import structlog
 import uvicorn
 from prometheus_client import start_http_server
+from starlette.types import ASGIApp
 
 from promptmux_server.api.app import Application
+from promptmux_server.api.protocol import JsonHttpProtocol
 from promptmux_server.engine.request import EnginePort
 from promptmux_server.settings import Settings
 
@@ -30,12 +33,14 @@ class _Server(uvicorn.Server):
         yield
 
 
-def serve(application: Application, engine: EnginePort, settings: Settings) -> None:
-    """Run until a signal ends it; the engine is stopped before this returns."""
-    config = uvicorn.Config(
-        application.asgi,
+def server_config(asgi: ASGIApp, settings: Settings) -> uvicorn.Config:
+    """uvicorn as this server uses it; tests that need a socket use the same."""
+    return uvicorn.Config(
+        asgi,
         host=settings.host,
         port=settings.port,
+        http=JsonHttpProtocol,
+        ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
@@ -43,37 +48,44 @@ def serve(application: Application, engine: EnginePort, settings: Settings) -> N
         timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
         lifespan="off",
     )
-    asyncio.run(_run(_Server(config), application, engine, settings))
+
+
+def serve(application: Application, engine: EnginePort, settings: Settings) -> None:
+    """Run until a signal ends it; the engine is stopped before this returns."""
+    server = _Server(server_config(application.asgi, settings))
+    asyncio.run(_run(server, application, engine, settings))
 
 
 async def _run(server: _Server, application: Application, engine: EnginePort, settings: Settings) -> None:
     loop = asyncio.get_running_loop()
     drains: list[asyncio.Task[None]] = []
 
-    def end() -> None:
+    def end(delay_s: float) -> None:
         if drains:
             log.warning("second signal: exiting at once")
             server.should_exit = server.force_exit = True
             return
-        drains.append(loop.create_task(_drain(server, application, settings)))
+        drains.append(loop.create_task(_drain(server, application, delay_s)))
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, end)
+    loop.add_signal_handler(signal.SIGTERM, end, settings.drain_delay_s)
+    loop.add_signal_handler(signal.SIGINT, end, 0.0)
     loop.add_signal_handler(signal.SIGHUP, lambda: loop.run_in_executor(None, _reload, engine))
     if settings.metrics_port is not None:
         start_http_server(settings.metrics_port, "127.0.0.1", application.metrics.registry)
     try:
         await server.serve()
     finally:
-        engine.stop(0.0 if server.force_exit else settings.drain_timeout_s)
+        # The drain is over: requests have ended, or were cancelled and must find the loop running to say so.
+        if not server.force_exit:
+            await asyncio.to_thread(engine.stop, 0.0)
 
 
 def _reload(engine: EnginePort) -> None:
     log.info("prompts reloaded", report=str(engine.reload()))
 
 
-async def _drain(server: _Server, application: Application, settings: Settings) -> None:
+async def _drain(server: _Server, application: Application, delay_s: float) -> None:
     application.lifecycle.draining = True
-    log.info("draining", delay_s=settings.drain_delay_s)
-    await asyncio.sleep(settings.drain_delay_s)
+    log.info("draining", delay_s=delay_s)
+    await asyncio.sleep(delay_s)
     server.should_exit = True

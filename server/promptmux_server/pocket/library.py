@@ -47,10 +47,10 @@ KINDS: dict[TaskName, Kind] = {
     "scene-grounding": "box",
 }
 RECIPES: dict[TaskName, TuningRecipe] = {
-    "scene-caption": TuningRecipe(),
-    "scene-vqa": TuningRecipe(),
-    "scene-entailment": TuningRecipe(),
-    "scene-grounding": TuningRecipe(),
+    "scene-caption": TuningRecipe(steps=250),
+    "scene-vqa": TuningRecipe(steps=400),
+    "scene-entailment": TuningRecipe(steps=450),
+    "scene-grounding": TuningRecipe(steps=300),
 }
 ROWS = 64
 """Examples a step."""
