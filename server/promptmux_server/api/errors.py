@@ -31,7 +31,7 @@ MAX_MESSAGE = 300
 MAX_RETRY_AFTER_S = 30
 
 _PROMPT_ERRORS: dict[str, type[PromptRefused]] = {
-    refusal.code: refusal for refusal in (PromptRefused, *PromptRefused.__subclasses__())
+    refusal.code: refusal for refusal in [PromptRefused, *PromptRefused.__subclasses__()]
 }
 
 log = structlog.get_logger(__name__)
