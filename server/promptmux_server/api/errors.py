@@ -30,9 +30,8 @@ from promptmux_server.errors import (
 MAX_MESSAGE = 300
 MAX_RETRY_AFTER_S = 30
 
-_PROMPT_ERRORS: dict[str, type[PromptRefused]] = {
-    refusal.code: refusal for refusal in [PromptRefused, *PromptRefused.__subclasses__()]
-}
+_REFUSALS: list[type[PromptRefused]] = [PromptRefused, *PromptRefused.__subclasses__()]
+_PROMPT_ERRORS = {refusal.code: refusal for refusal in _REFUSALS}
 
 log = structlog.get_logger(__name__)
 
