@@ -12,12 +12,22 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from promptmux_server import __version__
+from promptmux_server.api.documents import (
+    PredictAnswer,
+    Reload,
+    Status,
+    Task,
+    TaskList,
+    Version,
+    answers,
+    complete,
+    takes_predict_request,
+)
 from promptmux_server.api.edge import Edge
 from promptmux_server.api.errors import handle
 from promptmux_server.api.keys import Keys
 from promptmux_server.api.metrics import Metrics
 from promptmux_server.api.predict import Predictor
-from promptmux_server.api.schemas import PredictRequest
 from promptmux_server.engine.request import EnginePort
 from promptmux_server.errors import BackendUnhealthy, Draining, PromptmuxError, PromptNotFound
 from promptmux_server.settings import Settings
@@ -56,43 +66,40 @@ def build_app(engine: EnginePort, settings: Settings, backbone_name: str, keys: 
     @app.post(
         "/v1/predict",
         summary="Answer items of any tasks in one batch",
-        openapi_extra={
-            "requestBody": {
-                "required": True,
-                "content": {"application/json": {"schema": PredictRequest.model_json_schema()}},
-            }
-        },
+        responses=answers(PredictAnswer),
+        openapi_extra=takes_predict_request(),
     )
     async def predict(request: Request) -> Response:
         return await predictor(request)
 
-    @app.get("/v1/tasks", summary="Every task, served or refused")
+    @app.get("/v1/tasks", summary="Every task, served or refused", responses=answers(TaskList))
     async def tasks() -> JSONResponse:
         return JSONResponse({"tasks": [asdict(status) for status in engine.tasks()]})
 
-    @app.get("/v1/tasks/{name}", summary="One task")
+    @app.get("/v1/tasks/{name}", summary="One task", responses=answers(Task))
     async def task(name: str) -> JSONResponse:
         for status in engine.tasks():
             if status.name == name:
                 return JSONResponse(asdict(status))
         raise PromptNotFound("No such task. GET /v1/tasks lists those that are served.", param="name")
 
-    @app.post("/v1/tasks:reload", summary="Read the prompt directory again")
+    @app.post("/v1/tasks:reload", summary="Read the prompt directory again", responses=answers(Reload))
     async def reload() -> JSONResponse:
         return JSONResponse(asdict(await anyio.to_thread.run_sync(engine.reload)))
 
     _add_health(app, engine, settings, lifecycle, backbone_name)
+    complete(app)
     return Application(Edge(app, settings, metrics, keys), metrics, lifecycle)
 
 
 def _add_health(app: FastAPI, engine: EnginePort, settings: Settings, lifecycle: Lifecycle, backbone_name: str) -> None:
-    @app.get("/livez", summary="The process works")
+    @app.get("/livez", summary="The process works", responses=answers(Status))
     async def livez() -> JSONResponse:
         if not engine.live():
             raise BackendUnhealthy("The engine has stopped.", retry_after_s=10)
         return JSONResponse({"status": "ok"})
 
-    @app.get("/readyz", summary="Requests are welcome")
+    @app.get("/readyz", summary="Requests are welcome", responses=answers(Status))
     async def readyz() -> JSONResponse:
         if lifecycle.draining:
             raise Draining("The server is shutting down.", retry_after_s=5)
@@ -100,8 +107,8 @@ def _add_health(app: FastAPI, engine: EnginePort, settings: Settings, lifecycle:
             raise BackendUnhealthy("The engine is not ready.", retry_after_s=5)
         return JSONResponse({"status": "ok"})
 
-    app.get("/health", summary="The same as /readyz")(readyz)
+    app.get("/health", summary="The same as /readyz", responses=answers(Status))(readyz)
 
-    @app.get("/version", summary="Versions of server and backbone")
+    @app.get("/version", summary="Versions of server and backbone", responses=answers(Version))
     async def version() -> JSONResponse:
         return JSONResponse({"version": __version__, "backbone": backbone_name})

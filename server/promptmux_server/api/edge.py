@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from promptmux_server.api.errors import as_promptmux_error, error_response
 from promptmux_server.api.keys import Keys
-from promptmux_server.api.metrics import Metrics
+from promptmux_server.api.metrics import Metrics, route_of
 from promptmux_server.errors import BadRequest, BodyTooLarge, ClientLeft, Draining, HeaderTooLarge
 from promptmux_server.settings import Settings
 
@@ -79,7 +79,12 @@ class Edge:
             seconds = time.monotonic() - started
             self._metrics.http(scope, status, seconds)
             log.info(
-                "request", request_id=request_id, method=scope["method"], status=status, ms=round(1000 * seconds, 1)
+                "request",
+                request_id=request_id,
+                method=scope["method"],
+                route=route_of(scope),
+                status=status,
+                ms=round(1000 * seconds, 1),
             )
 
     def _check(self, scope: Scope) -> None:

@@ -40,8 +40,8 @@ class Metrics:
         self.registry.register(_LoadCollector(engine))
 
     def http(self, scope: Scope, status: int, seconds: float) -> None:
-        """Count one answer; a path that is no route counts as one route, `other`."""
-        route = getattr(scope.get("route"), "path", OTHER)
+        """Count one answer."""
+        route = route_of(scope)
         self._http.labels(route, str(status)).inc()
         self._latency.labels(route).observe(seconds)
 
@@ -51,6 +51,11 @@ class Metrics:
         self._items.labels(label, outcome).inc()
         for stage, milliseconds in timings_ms.items():
             self._stages.labels(label, stage).observe(milliseconds / 1000.0)
+
+
+def route_of(scope: Scope) -> str:
+    """The template of the route that matched; every path that is no route counts as one, `other`."""
+    return getattr(scope.get("route"), "path", OTHER)
 
 
 class _LoadCollector(Collector):

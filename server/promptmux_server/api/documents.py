@@ -1,0 +1,153 @@
+"""The answers as `/openapi.json` documents them. Routes write plain dictionaries; a test holds both together."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict, Field
+
+from promptmux_server.api.schemas import PredictItem, PredictRequest
+
+REF = "#/components/schemas/{model}"
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ErrorObject(_Document):
+    """What went wrong: `code` is stable, `message` is for people."""
+
+    code: str
+    message: str
+    type: str
+    param: str | None
+    request_id: str
+    retryable: bool
+
+
+class ErrorBody(_Document):
+    """RFC 9457 problem details around OpenAI's `error` object."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str
+    error: ErrorObject
+
+
+class TextOutput(_Document):
+    kind: Literal["caption", "answer", "text"]
+    text: str
+
+
+class LabelOutput(_Document):
+    kind: Literal["label"]
+    label: str
+    probabilities: dict[str, float]
+
+
+class BoxOutput(_Document):
+    kind: Literal["box"]
+    box: list[float] = Field(min_length=4, max_length=4, description="x0, y0, x1, y1 in pixels of the image sent.")
+
+
+class PromptVersion(_Document):
+    """The immutable prompt version that answered."""
+
+    name: str
+    version: int
+    sha256: str
+
+
+class AnsweredItem(_Document):
+    id: str
+    task: str
+    output: Annotated[TextOutput | LabelOutput | BoxOutput, Field(discriminator="kind")]
+    score: float
+    prompt: PromptVersion
+    timings_ms: dict[str, float]
+
+
+class FailedItem(_Document):
+    id: str
+    task: str
+    error: ErrorObject
+
+
+class PredictAnswer(_Document):
+    """Answers in the order of the items; one that failed carries `error` in place of `output`."""
+
+    request_id: str
+    answers: list[AnsweredItem | FailedItem]
+
+
+class Reason(_Document):
+    code: str
+    message: str
+
+
+class Task(_Document):
+    """Served (`ready`), or known and not served (`refused`) for the reason in `error`."""
+
+    name: str
+    state: Literal["ready", "refused"]
+    kind: str | None
+    version: int | None
+    sha256: str | None
+    encoder_length: int
+    decoder_length: int
+    bytes: int
+    takes_text: bool
+    takes_image: bool
+    metric: dict[str, Any] | None
+    hits: int
+    last_used_s: float | None
+    error: Reason | None
+
+
+class TaskList(_Document):
+    tasks: list[Task]
+
+
+class Reload(_Document):
+    """What reading the prompt directory again has changed, by task name."""
+
+    added: list[str]
+    changed: list[str]
+    removed: list[str]
+    unchanged: list[str]
+    refused: dict[str, Reason]
+
+
+class Status(_Document):
+    status: Literal["ok"]
+
+
+class Version(_Document):
+    version: str
+    backbone: str
+
+
+FAILURES: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
+"""What any route may answer instead."""
+
+
+def answers(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route whose good answer is `model`."""
+    return {200: {"model": model}, **FAILURES}
+
+
+def takes_predict_request() -> dict[str, Any]:
+    """The body of a route that reads and checks it by itself."""
+    schema = {"anyOf": [{"$ref": REF.format(model=model.__name__)} for model in (PredictRequest, PredictItem)]}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def complete(app: FastAPI) -> None:
+    """Add the request models to the document, which FastAPI makes of the routes alone; call it after the last one."""
+    schema = PredictRequest.model_json_schema(ref_template=REF)
+    parts = schema.pop("$defs")
+    app.openapi()["components"]["schemas"] |= {**parts, PredictRequest.__name__: schema}
