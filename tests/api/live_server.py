@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,3 +33,11 @@ def live_server(asgi: Any) -> Iterator[int]:
         server.should_exit = True
         thread.join(10)
         listener.close()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for something that must happen soon."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen within 30 s"
+        time.sleep(0.02)
