@@ -9,6 +9,7 @@ import torch
 
 import tiny
 from promptmux_server.backbone.config import BOS, EOS
+from promptmux_server.tasks.trie import Trie
 from promptmux_server.training.forward import Example, supervised_logits
 from promptmux_server.training.loss import label_smoothed_loss
 from promptmux_server.training.tuner import PromptTables, TuningBatch, TuningRecipe, tune
@@ -107,3 +108,12 @@ def test_the_rate_warms_up_and_falls_to_zero() -> None:
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == pytest.approx(rates[9])
     assert rates[-1] == pytest.approx(0.01)
+
+
+def test_a_closed_answer_set_allows_what_may_follow_and_nothing_else() -> None:
+    batch = TuningBatch(EXAMPLES, [], Trie([(20, 21), (22,), (20,)]))
+    allowed = batch.allowed(30)
+    assert allowed is not None
+    rows = [row.nonzero().flatten().tolist() for row in allowed]
+    assert rows == [[20, 22], [EOS, 21], [EOS], [20, 22], [EOS], [20, 22], [EOS, 21]]
+    assert TuningBatch(EXAMPLES, []).allowed(30) is None

@@ -35,6 +35,7 @@ from promptmux_server.pocket.samples import (
 )
 from promptmux_server.pocket.scores import TaskScore, score_task
 from promptmux_server.tasks import TaskSpec, encode_item
+from promptmux_server.tasks.trie import Trie
 from promptmux_server.training.forward import Example
 from promptmux_server.training.tuner import TuningBatch, TuningRecipe, tune
 
@@ -78,6 +79,9 @@ def batches(
 ) -> Iterator[TuningBatch]:
     """Endless batches about the first scenes of the data, `seen` by the frozen stem already."""
     rng = random.Random(RECIPES[task].seed)
+    answers = None
+    if spec.manifest.answers is not None:
+        answers = Trie([tokenizer.encode(f" {answer}") for answer in spec.manifest.answers])
     while True:
         chosen = [rng.randrange(len(seen)) for _ in range(ROWS)]
         examples = []
@@ -86,7 +90,7 @@ def batches(
             item = encode_item(spec, tokenizer, sample.text, None)
             target = part_ids([sample.target], tokenizer, model.config)
             examples.append(Example(item.source_ids, (BOS,), target, row))
-        yield TuningBatch(examples, [seen[index] for index in chosen])
+        yield TuningBatch(examples, [seen[index] for index in chosen], answers)
 
 
 @torch.no_grad()

@@ -109,7 +109,7 @@ def _question(scene: Scene, rng: random.Random) -> Sample:
 def task_sample(task: TaskName, scene: Scene, rng: random.Random) -> TaskSample:
     """One item of a shipped task about a scene."""
     if task == "scene-caption":
-        return TaskSample(task, None, f" this picture shows {describe(scene)}.")
+        return TaskSample(task, None, f" {describe(scene)}, the background is {scene.background}")
     if task == "scene-vqa":
         question, answer, _ = question_about(scene, rng)
         return TaskSample(task, question, f" {answer}")

@@ -18,6 +18,7 @@ from promptmux_prompts.importers.ofa import split_table
 from promptmux_server.backbone.config import BackboneConfig
 from promptmux_server.backbone.encoder import ImageTokens
 from promptmux_server.backbone.model import OFA
+from promptmux_server.tasks.trie import Trie
 from promptmux_server.training.forward import Example, supervised_logits
 from promptmux_server.training.loss import label_smoothed_loss
 
@@ -35,7 +36,8 @@ class TuningRecipe:
     encoder_length: int = 32
     decoder_length: int = 32
     steps: int = 500
-    learning_rate: float = 0.03
+    learning_rate: float = 0.1
+    """Above the paper's 0.03: in a few hundred steps a prompt must grow from N(0, 0.02) to the size of real keys."""
     warmup: float = 0.06
     prompt_dropout: float = 0.0
     """The released recipe has 0.2, which pays over 40 epochs and more, not over the few hundred steps used here."""
@@ -55,6 +57,18 @@ class TuningBatch:
 
     examples: Sequence[Example]
     images: Sequence[ImageTokens]
+    answers: Trie | None = None
+    """A closed answer set confines the loss to what may follow at each position (ofa-spec 9.1, 9.2)."""
+
+    def allowed(self, vocabulary: int) -> Tensor | None:
+        """Symbols that each supervised position may choose from, (T, vocabulary) bool."""
+        if self.answers is None:
+            return None
+        prefixes = [e.target[:depth] for e in self.examples for depth in range(len(e.target) + 1)]
+        mask = torch.zeros(len(prefixes), vocabulary, dtype=torch.bool)
+        for row, prefix in enumerate(prefixes):
+            mask[row, list(self.answers.children(prefix))] = True
+        return mask
 
 
 class PromptTables(nn.Module):
@@ -103,7 +117,9 @@ def tune(model: OFA, recipe: TuningRecipe, batches: Iterator[TuningBatch]) -> Pr
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(step)
         logits, targets = supervised_logits(model, batch.examples, batch.images, *tables.batches(len(batch.examples)))
-        loss = label_smoothed_loss(logits, targets, smoothing=recipe.smoothing)
+        allowed = batch.allowed(logits.shape[1])
+        allowed = None if allowed is None else allowed.to(logits.device)
+        loss = label_smoothed_loss(logits, targets, smoothing=recipe.smoothing, allowed=allowed)
         loss.mean.backward()
         nn.utils.clip_grad_norm_(tables.parameters(), recipe.clip_norm)
         optimizer.step()

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from promptmux_server.backbone.config import EOS
 from promptmux_server.engine.decoding.protocol import Step, check_finite
-from promptmux_server.engine.decoding.trie import Trie
 from promptmux_server.tasks.decoding import Hypothesis, Outcome
+from promptmux_server.tasks.trie import Trie
 
 Path = tuple[int, ...]
 
