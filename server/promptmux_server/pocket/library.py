@@ -50,8 +50,8 @@ KINDS: dict[TaskName, Kind] = {
 RECIPES: dict[TaskName, TuningRecipe] = {
     "scene-caption": TuningRecipe(steps=250),
     "scene-vqa": TuningRecipe(steps=400),
-    "scene-entailment": TuningRecipe(steps=450),
-    "scene-grounding": TuningRecipe(steps=300),
+    "scene-entailment": TuningRecipe(steps=950),
+    "scene-grounding": TuningRecipe(steps=900),
 }
 ROWS = 64
 """Examples a step."""
@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--backbone", type=Path, default=WEIGHTS)
     parser.add_argument("--train", type=Path, default=Path("var/pocket/train"))
     parser.add_argument("--heldout", type=Path, default=Path("var/pocket/heldout"))
-    parser.add_argument("--pictures", type=int, default=6000)
+    parser.add_argument("--pictures", type=int, default=5000)
     parser.add_argument("--scenes", type=int, default=1000, help="held-out scenes to score on")
     parser.add_argument("--out", type=Path, default=Path("prompts/library"))
     parser.add_argument("--task", choices=TASKS, action="append", help="only this task (may be repeated)")
