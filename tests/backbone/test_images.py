@@ -35,6 +35,31 @@ def test_every_png_mode_decodes_as_pillow_converts_it(mode: str) -> None:
     assert np.array_equal(found.rgb, np.asarray(picture.convert("RGB")))
 
 
+@pytest.mark.parametrize(
+    ("mode", "transparency"), [("P", bytes([0, 128, 255] * 4)), ("P", 3), ("L", 7), ("RGB", (1, 2, 3))]
+)
+def test_transparency_beside_the_pixels_changes_none_and_warns_of_nothing(mode: str, transparency: object) -> None:
+    picture = noise().convert(mode)
+    found = decode_image(encoded(picture, transparency=transparency), LIMITS)
+    assert np.array_equal(found.rgb, np.asarray(picture.convert("RGB")))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_notes_are_ignored_as_ofa_ignores_them(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    found = decode_image(encoded(noise(), "JPEG", exif=exif), LIMITS)
+    assert np.array_equal(found.rgb, decode_image(encoded(noise(), "JPEG"), LIMITS).rgb)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "WEBP"])
+def test_fifty_truncations_of_a_lossy_picture_are_refused(form: str) -> None:
+    data = encoded(noise(64, 48), form)
+    for step in range(50):
+        with pytest.raises(MalformedImage):
+            decode_image(data[: len(data) * step // 51], LIMITS)
+
+
 @pytest.mark.parametrize(("form", "mode"), [("JPEG", "RGB"), ("JPEG", "CMYK"), ("JPEG", "L"), ("WEBP", "RGBA")])
 def test_other_formats_decode(form: str, mode: str) -> None:
     data = encoded(noise().convert(mode), form)

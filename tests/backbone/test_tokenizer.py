@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,42 @@ def test_any_text_survives_and_never_becomes_a_special_symbol(text: str) -> None
 
 def test_absent_tables_are_explained(tmp_path: Path) -> None:
     with pytest.raises(BackboneFileError, match=r"vocab\.json and merges\.txt"):
+        Tokenizer.load(tmp_path, num_codes=0, num_bins=0)
+    with pytest.raises(BackboneFileError, match=r"lacks encoder\.json"):
+        Tokenizer.from_ofa_tables(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "merges", "reason"),
+    [
+        ({"a": "x"}, "", "whole numbers"),
+        ({"<s>": False}, "", "whole numbers"),
+        ({}, "a nothing\n", "joins pieces"),
+        ({}, "a\n", "joins pieces"),
+    ],
+    ids=["text as id", "truth value as id", "unknown piece", "half a merge"],
+)
+def test_broken_tables_are_refused_as_such(tmp_path: Path, change: dict[str, object], merges: str, reason: str) -> None:
+    tiny.tokenizer().save(tmp_path)
+    sound = json.loads((tmp_path / "vocab.json").read_text())
+    (tmp_path / "vocab.json").write_text(json.dumps(sound | change))
+    (tmp_path / "merges.txt").write_text(merges)
+    with pytest.raises(BackboneFileError, match=reason):
+        Tokenizer.load(tmp_path, num_codes=0, num_bins=0)
+
+
+def test_a_vocabulary_that_would_drop_bytes_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text('{"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "a": 4}')
+    (tmp_path / "merges.txt").write_text("")
+    with pytest.raises(BackboneFileError, match="lacks 255 of the 256 bytes"):
+        Tokenizer.load(tmp_path, num_codes=0, num_bins=0)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
+def test_tables_that_are_not_text_are_refused(tmp_path: Path, name: str) -> None:
+    tiny.tokenizer().save(tmp_path)
+    (tmp_path / name).write_bytes(b"\xff\xfe")
+    with pytest.raises(BackboneFileError, match="not UTF-8"):
         Tokenizer.load(tmp_path, num_codes=0, num_bins=0)
 
 

@@ -39,7 +39,7 @@ def test_cleaning(raw: str, cleaned: str) -> None:
 
 
 def test_captions_name_people() -> None:
-    assert clean_caption("A <person> runs") == "a person runs"
+    assert clean_caption("A <person> runs") == clean_caption("A <Person> runs") == "a person runs"
 
 
 def test_questions_end_with_a_question_mark() -> None:
@@ -109,6 +109,13 @@ def test_label_probabilities_sum_to_one_and_follow_the_scores() -> None:
     assert output.probabilities["entailment"] == pytest.approx(0.0900, abs=1e-4)
 
 
+def test_a_label_is_never_a_text_of_another_search() -> None:
+    task = spec(kind="label", answers=("yes", "no"), labels={"yes": "entailment", "no": "contradiction"})
+    with pytest.raises(InvalidParameter) as caught:
+        decode_outcome(task, tiny.tokenizer(), Outcome((hypothesis(5),)), None)
+    assert caught.value.param == "decoding.method"
+
+
 def test_a_box_comes_back_in_pixels_of_the_picture_sent() -> None:
     task = spec(kind="box")
     first = tiny.tokenizer().first_bin_id
@@ -138,6 +145,7 @@ def test_no_box_is_an_error_not_a_guess() -> None:
         ({"surprise": 1}, "decoding.surprise"),
         ({"constrained": 1}, "decoding.constrained"),
         ({"seed": -1}, "decoding.seed"),
+        ({"temperature": 10**400}, "decoding.temperature"),
     ],
 )
 def test_decoding_overrides_are_checked(overrides: dict[str, object], param: str) -> None:
@@ -148,6 +156,22 @@ def test_decoding_overrides_are_checked(overrides: dict[str, object], param: str
 
 def test_decoding_overrides_are_applied() -> None:
     assert DecodingParams().merged({"beam_size": 8, "seed": None, "temperature": 1}).beam_size == 8
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        {"decoding": {"method": "candidates"}},
+        {"decoding": {"constrained": True}},
+        {"kind": "box", "image": None},
+        {"kind": "label", "answers": ("a",), "labels": {"a": "b"}, "decoding": {"method": "beam"}},
+        {"decoding": {"temperature": 10**400}},
+    ],
+    ids=["no answers to score", "no answers to keep to", "box of no picture", "label unscored", "beyond any float"],
+)
+def test_a_manifest_that_no_request_could_use_is_refused_at_load(manifest: dict[str, object]) -> None:
+    with pytest.raises(InvalidPromptFile):
+        spec(**manifest)
 
 
 def test_a_manifest_with_impossible_defaults_is_refused() -> None:

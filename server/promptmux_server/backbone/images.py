@@ -69,6 +69,8 @@ def decode_image(data: bytes, limits: ImageLimits) -> DecodedImage:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
                 _check_size(picture.width, picture.height, limits)
+                picture.load()
+                picture.info.pop("transparency", None)  # OFA drops it too; Pillow would warn about each such palette
                 rgb = np.asarray(_eight_bits(picture).convert("RGB"))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ImageTooLarge("The picture has too many pixels.", param="image") from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -24,35 +24,44 @@ class Tokenizer:
     """BPE whose vocabulary ids are the model's; ids from `text_vocab_size` on are `<code_k>`, then `<bin_k>`."""
 
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], *, num_codes: int, num_bins: int) -> None:
+        if not isinstance(vocab, dict) or any(type(index) is not int for index in vocab.values()):
+            raise BackboneFileError("vocab.json must be one object of texts and whole numbers")
         if sorted(vocab.values()) != list(range(len(vocab))):
             raise BackboneFileError("vocab.json must number its entries from 0 without gaps")
         if any(vocab.get(symbol) != index for index, symbol in enumerate(SPECIALS)):
             raise BackboneFileError(f"vocab.json must begin with {', '.join(SPECIALS)}")
+        if missing := set(pre_tokenizers.ByteLevel.alphabet()) - vocab.keys():
+            raise BackboneFileError(
+                f"vocab.json lacks {len(missing)} of the 256 bytes: texts would lose them unnoticed"
+            )
         self.text_vocab_size = len(vocab)
         self.num_codes, self.num_bins = num_codes, num_bins
         self._vocab, self._merges = vocab, merges
-        self._bpe = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
+        try:
+            model = models.BPE(vocab=vocab, merges=merges)
+        except Exception as error:  # the library raises nothing narrower
+            raise BackboneFileError("merges.txt joins pieces that vocab.json does not have") from error
+        self._bpe = tokenizers.Tokenizer(model)
         self._bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         self._bpe.decoder = decoders.ByteLevel()
 
     @classmethod
     def load(cls, directory: Path, *, num_codes: int, num_bins: int) -> Self:
         """Read vocab.json and merges.txt whose ids are the model's; raises BackboneFileError."""
-        try:
-            vocab = json.loads((directory / "vocab.json").read_text(encoding="utf-8"))
-            return cls(vocab, _read_merges(directory / "merges.txt"), num_codes=num_codes, num_bins=num_bins)
-        except FileNotFoundError as error:
-            raise BackboneFileError("the backbone has no tokenizer: vocab.json and merges.txt are needed") from error
-        except (ValueError, AttributeError) as error:
-            raise BackboneFileError("vocab.json or merges.txt is not readable") from error
+        vocab = _read_json(directory / "vocab.json")
+        return cls(vocab, _read_merges(directory / "merges.txt"), num_codes=num_codes, num_bins=num_bins)
 
     @classmethod
     def from_ofa_tables(cls, directory: Path, *, num_codes: int = 8192, num_bins: int = 1000) -> Self:
-        """OFA's own tables: GPT-2's BPE, renumbered by the line numbers of dict.txt (ofa-spec 6)."""
-        gpt2: dict[str, int] = json.loads((directory / "encoder.json").read_text(encoding="utf-8"))
+        """OFA's own tables: GPT-2's BPE, renumbered by the line numbers of dict.txt (ofa-spec 6).
+
+        Needs encoder.json, vocab.bpe and dict.txt; raises BackboneFileError.
+        """
+        gpt2 = _read_json(directory / "encoder.json")
+        if not isinstance(gpt2, dict):
+            raise BackboneFileError("encoder.json must be one object of texts and whole numbers")
         symbols = {str(index): token for token, index in gpt2.items()}
-        lines = (directory / "dict.txt").read_text(encoding="utf-8").splitlines()
-        words = [line.split()[0] for line in lines]
+        words = [line.split()[0] for line in _read(directory / "dict.txt").splitlines() if line.strip()]
         vocab = {symbol: index for index, symbol in enumerate(SPECIALS)}
         vocab |= {symbols.get(word, word): index for index, word in enumerate(words, start=len(SPECIALS))}
         vocab[MASK] = len(vocab)
@@ -120,10 +129,29 @@ def train_tokenizer(corpus: Iterable[str], vocab_size: int, *, num_bins: int) ->
     return Tokenizer(vocab, merges, num_codes=0, num_bins=num_bins)
 
 
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise BackboneFileError(
+            f"the tokenizer lacks {path.name}: vocab.json and merges.txt are needed, or OFA's own encoder.json, "
+            "vocab.bpe and dict.txt"
+        ) from error
+    except ValueError as error:
+        raise BackboneFileError(f"{path.name} is not UTF-8 text") from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
+        raise BackboneFileError(f"{path.name} is not JSON") from error
+
+
 def _read_merges(path: Path) -> list[tuple[str, str]]:
     """Merge rules in order; the first line is a version comment."""
     merges = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in _read(path).splitlines():
         if line and not line.startswith("#version"):
             left, _, right = line.partition(" ")
             merges.append((left, right))

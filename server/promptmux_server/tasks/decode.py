@@ -18,13 +18,14 @@ def decode_outcome(
 ) -> tuple[Output, float]:
     """The typed answer and its score; `image_size` is (width, height) of the picture that was sent.
 
-    Raises NoBoxFound if a grounding task wrote no box, InvalidParameter if `max_length` left room for no answer.
+    Raises NoBoxFound if a grounding task wrote no box, InvalidParameter if `max_length` left room for no answer or
+    a label task was not asked to score its answers.
     """
     if not outcome.hypotheses:
         raise InvalidParameter("decoding.max_length leaves room for no answer.", param="decoding.max_length")
     best = outcome.hypotheses[0]
     if spec.kind == "label":
-        return _label(spec, tokenizer, outcome), best.score
+        return _label(spec, outcome), best.score
     if spec.kind == "box":
         return _box(spec, tokenizer, outcome.hypotheses, image_size)
     text = tokenizer.decode(best.tokens).strip()
@@ -33,13 +34,13 @@ def decode_outcome(
     return (AnswerOutput(text) if spec.kind == "answer" else TextOutput(text)), best.score
 
 
-def _label(spec: TaskSpec, tokenizer: Tokenizer, outcome: Outcome) -> LabelOutput:
+def _label(spec: TaskSpec, outcome: Outcome) -> LabelOutput:
     """Probabilities over labels: softmax of the answers' log-probabilities, answers of one label added up."""
     answers, labels = spec.manifest.answers or (), spec.manifest.labels or {}
     if outcome.candidate_scores is None:
-        text = tokenizer.decode(outcome.hypotheses[0].tokens).strip()
-        label = labels.get(text, text)
-        return LabelOutput(label, {label: math.exp(outcome.hypotheses[0].score)})
+        raise InvalidParameter(
+            "A label task scores all its answers: leave decoding.method out.", param="decoding.method"
+        )
     highest = max(outcome.candidate_scores)
     weights = [math.exp(score - highest) for score in outcome.candidate_scores]
     probabilities = dict.fromkeys(labels.values(), 0.0)

@@ -83,7 +83,10 @@ def _fits(type_name: str, value: object) -> bool:
     if type_name.startswith("int"):
         return (isinstance(value, int) and not isinstance(value, bool)) or (value is None and "None" in type_name)
     if type_name == "float":
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        # A whole number too large for a float is finite; the bounds refuse it.
+        return (isinstance(value, int) and not isinstance(value, bool)) or (
+            isinstance(value, float) and math.isfinite(value)
+        )
     return isinstance(value, bool if type_name == "bool" else str)
 
 

@@ -41,8 +41,7 @@ class TaskSpec:
             decoding = default.merged(manifest.decoding)
         except InvalidParameter as error:
             raise InvalidPromptFile(f"the manifest's decoding defaults are not usable: {error.message}") from error
-        if manifest.kind == "box" and not config.num_bins:
-            raise InvalidPromptFile("this backbone has no location symbols to answer with boxes")
+        _check_answerable(manifest, config, decoding)
         if manifest.image is not None:
             patches = -(-manifest.image.size // config.patch_pixels)
             if not config.interpolate_position and patches > config.image_bucket_size:
@@ -76,3 +75,15 @@ class TaskSpec:
     @property
     def image_std(self) -> float:
         return self.manifest.image.std if self.manifest.image else self.config.image_std
+
+
+def _check_answerable(manifest: Manifest, config: BackboneConfig, decoding: DecodingParams) -> None:
+    """Refuse at load what could only fail at each request."""
+    if manifest.kind == "box" and not config.num_bins:
+        raise InvalidPromptFile("this backbone has no location symbols to answer with boxes")
+    if manifest.kind == "box" and manifest.image is None:
+        raise InvalidPromptFile("a box task needs a picture: the manifest's image is null")
+    if manifest.kind == "label" and decoding.method != "candidates":
+        raise InvalidPromptFile("a label task scores all its answers: decoding.method must be candidates")
+    if manifest.answers is None and (decoding.method == "candidates" or decoding.constrained):
+        raise InvalidPromptFile("decoding asks for a closed answer set, and the manifest has no answers")

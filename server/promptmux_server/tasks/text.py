@@ -25,7 +25,7 @@ def clean(text: str, *, max_words: int = MAX_SOURCE_WORDS) -> str:
 
 def clean_caption(text: str, *, max_words: int = MAX_SOURCE_WORDS) -> str:
     """The same, with the placeholder that caption data have for people."""
-    return clean(text.replace("<person>", "person"), max_words=max_words)
+    return clean(text.lower().replace("<person>", "person"), max_words=max_words)
 
 
 def as_question(text: str) -> str:
