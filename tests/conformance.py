@@ -233,7 +233,7 @@ def check_transformers_directory(folder: Path, form: Form) -> Iterator[Check]:
 
 def run(folder: Path) -> Iterator[Check]:
     """Every check of every golden file in a folder."""
-    forms: tuple[Form, ...] = ("cpu", "reference")
+    forms: tuple[Form, ...] = ("batched", "reference")
     for path in sorted(folder.glob("*.backbone.safetensors")):
         golden = Golden(folder, path.name.removesuffix(".backbone.safetensors"))
         for form in forms:

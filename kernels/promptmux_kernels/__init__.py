@@ -3,22 +3,43 @@
 from promptmux_kernels.dispatch import (
     Form,
     cross_decode_attention,
+    gelu_norm,
+    norm_add_norm,
+    pack_memory,
     prefix_attention,
     prefix_decode_attention,
     use_form,
+    write_cache,
 )
-from promptmux_kernels.rows import PAGE, PagedPrompts, PromptBatch, Rows, SharedBias, pack_prompts
+from promptmux_kernels.rows import (
+    PAGE,
+    Affine,
+    BiasFactors,
+    CrossMemory,
+    PagedPrompts,
+    PromptBatch,
+    Rows,
+    SharedBias,
+    pack_prompts,
+)
 
 __all__ = [
     "PAGE",
+    "Affine",
+    "BiasFactors",
+    "CrossMemory",
     "Form",
     "PagedPrompts",
     "PromptBatch",
     "Rows",
     "SharedBias",
     "cross_decode_attention",
+    "gelu_norm",
+    "norm_add_norm",
+    "pack_memory",
     "pack_prompts",
     "prefix_attention",
     "prefix_decode_attention",
     "use_form",
+    "write_cache",
 ]

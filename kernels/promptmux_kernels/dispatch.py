@@ -15,12 +15,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from promptmux_kernels import cpu, reference
-from promptmux_kernels.rows import PagedPrompts, Rows, SharedBias
+from promptmux_kernels import batched, reference
+from promptmux_kernels.rows import Affine, CrossMemory, PagedPrompts, Rows, SharedBias
 
-Form = Literal["reference", "cpu"]
+Form = Literal["reference", "batched"]
 
-_FORMS: dict[Form, ModuleType] = {"reference": reference, "cpu": cpu}
+_FORMS: dict[Form, ModuleType] = {"reference": reference, "batched": batched}
 _override: ContextVar[Form | None] = ContextVar("promptmux_kernels_form", default=None)
 
 
@@ -35,8 +35,7 @@ def use_form(form: Form) -> Iterator[None]:
 
 
 def _form(device: torch.device) -> ModuleType:
-    # The "cpu" form is batched PyTorch that any device can run: it serves GPUs too until they have kernels.
-    return _FORMS[_override.get() or "cpu"]
+    return _FORMS[_override.get() or "batched"]
 
 
 def prefix_attention(
@@ -50,17 +49,19 @@ def prefix_attention(
     scale: float,
     head_scale: Tensor,
     causal: bool,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Self-attention of ragged rows, each behind its own prompt (OFA: ofa-spec 2.6, 4.3).
 
     For row r with tokens Q, K, V (n, D) of a head h, prompt PK, PV (P, D) and bias table B (n, n):
 
-        out = head_scale[h] * softmax([scale * Q PK^T, scale * Q K^T + B]) [PV; V]
+        S = [scale * Q PK^T, scale * Q K^T + B]
+        out = head_scale[h] * softmax(S) [PV; V]
+        lse = log(sum(exp(S)))
 
     Prompt keys carry no bias and are visible to every query; `causal` hides later own keys only.
-    q, k, v are (T, H, D) of one dtype; the result is (T, H, D) of that dtype; softmax runs in float32.
+    q, k, v are (T, H, D) of one dtype; out is (T, H, D) of that dtype, lse (T, H) float32; softmax runs in float32.
     """
-    out: Tensor = _form(q.device).prefix_attention(
+    out: tuple[Tensor, Tensor] = _form(q.device).prefix_attention(
         q, k, v, rows=rows, prompts=prompts, bias=bias, scale=scale, head_scale=head_scale, causal=causal
     )
     return out
@@ -109,9 +110,7 @@ def cross_decode_attention(
     q: Tensor,
     *,
     groups: Rows,
-    key: Tensor,
-    value: Tensor,
-    memory: Rows,
+    memory: CrossMemory,
     bias: SharedBias,
     first_positions: tuple[int, ...],
     consecutive: bool,
@@ -124,13 +123,11 @@ def cross_decode_attention(
 
     Query i of group g stands at decoder position p = first_positions[g] + i if `consecutive` (prefill), else at
     first_positions[g] (a step, where all beams stand at one position). Prompts never enter (ofa-spec 4.3).
-    q is (R, H, D), key and value (T_k, H, D), bias tables (H, positions, n_k).
+    q is (R, H, D), bias tables (H, positions, n_k).
     """
     out: Tensor = _form(q.device).cross_decode_attention(
         q,
         groups=groups,
-        key=key,
-        value=value,
         memory=memory,
         bias=bias,
         first_positions=first_positions,
@@ -138,4 +135,30 @@ def cross_decode_attention(
         scale=scale,
         head_scale=head_scale,
     )
+    return out
+
+
+def pack_memory(key: Tensor, value: Tensor, rows: Rows) -> CrossMemory:
+    """Lay cross-attention keys and values (T, H, D) out as this device reads them fastest; done once per request."""
+    out: CrossMemory = _form(key.device).pack_memory(key, value, rows)
+    return out
+
+
+def write_cache(cache_key: Tensor, cache_value: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
+    """cache_key[slots] = key, cache_value[slots] = value; slots (T,) int64 are distinct, key and value (T, H, D)."""
+    _form(key.device).write_cache(cache_key, cache_value, slots, key, value)
+
+
+def norm_add_norm(x: Tensor, y: Tensor, inner: Affine, outer: Affine, eps: float) -> tuple[Tensor, Tensor]:
+    """Close one residual branch and open the next (ofa-spec 2.5): total = x + LN_inner(y); (total, LN_outer(total)).
+
+    x and y are (T, d_model); LayerNorm in float32.
+    """
+    out: tuple[Tensor, Tensor] = _form(x.device).norm_add_norm(x, y, inner, outer, eps)
+    return out
+
+
+def gelu_norm(x: Tensor, affine: Affine, eps: float) -> Tensor:
+    """LN(gelu(x)) over the feed-forward width (ofa-spec 2.5), exact (erf) GELU in float32; x is (T, ffn_dim)."""
+    out: Tensor = _form(x.device).gelu_norm(x, affine, eps)
     return out

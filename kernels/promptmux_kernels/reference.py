@@ -6,9 +6,10 @@ The other forms are tested against this one. It is differentiable, so it is also
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from promptmux_kernels.rows import PagedPrompts, Rows, SharedBias
+from promptmux_kernels.rows import Affine, CrossMemory, PagedPrompts, Rows, SharedBias
 
 
 def prefix_attention(
@@ -22,8 +23,9 @@ def prefix_attention(
     scale: float,
     head_scale: Tensor,
     causal: bool,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     out = torch.zeros_like(q)
+    lse = torch.zeros(q.shape[:2], dtype=torch.float32, device=q.device)
     for row in range(len(rows)):
         own = rows.slice(row)
         n = rows.lengths[row]
@@ -36,7 +38,8 @@ def prefix_attention(
             scores = torch.cat([_scores(q[own], prompt_key.transpose(0, 1), scale), scores], dim=-1)
             value = torch.cat([prompt_value.float(), value], dim=1)
         out[own] = _combine(scores, value, head_scale).to(q.dtype)
-    return out
+        lse[own] = scores.logsumexp(-1).T
+    return out, lse
 
 
 def prefix_decode_attention(
@@ -71,9 +74,7 @@ def cross_decode_attention(
     q: Tensor,
     *,
     groups: Rows,
-    key: Tensor,
-    value: Tensor,
-    memory: Rows,
+    memory: CrossMemory,
     bias: SharedBias,
     first_positions: tuple[int, ...],
     consecutive: bool,
@@ -82,14 +83,36 @@ def cross_decode_attention(
 ) -> Tensor:
     out = torch.zeros_like(q)
     for group, first in enumerate(first_positions):
-        own, seen = groups.slice(group), memory.slice(group)
+        own, seen = groups.slice(group), memory.rows.slice(group)
         n = groups.lengths[group]
         positions = slice(first, first + n) if consecutive else slice(first, first + 1)
-        table = bias.of(group)[:, positions, : memory.lengths[group]].float()  # (H, n or 1, keys)
-        out[own] = _combine(_scores(q[own], key[seen], scale) + table, _heads_first(value[seen]), head_scale).to(
-            q.dtype
-        )
+        table = bias.of(group)[:, positions, : memory.rows.lengths[group]].float()  # (H, n or 1, keys)
+        scores = _scores(q[own], memory.key[seen], scale) + table
+        out[own] = _combine(scores, _heads_first(memory.value[seen]), head_scale).to(q.dtype)
     return out
+
+
+def pack_memory(key: Tensor, value: Tensor, rows: Rows) -> CrossMemory:
+    return CrossMemory(key, value, rows)
+
+
+def write_cache(cache_key: Tensor, cache_value: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
+    cache_key[slots] = key.to(cache_key.dtype)
+    cache_value[slots] = value.to(cache_value.dtype)
+
+
+def gather_slots(pool: Tensor, slots: Tensor, valid: Tensor) -> Tensor:
+    taken = pool[slots.where(valid, 0)]
+    return torch.where(valid.view(*valid.shape, *(1,) * (taken.ndim - valid.ndim)), taken, 0)
+
+
+def norm_add_norm(x: Tensor, y: Tensor, inner: Affine, outer: Affine, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + F.layer_norm(y, y.shape[-1:], *inner, eps)
+    return total, F.layer_norm(total, total.shape[-1:], *outer, eps)
+
+
+def gelu_norm(x: Tensor, affine: Affine, eps: float) -> Tensor:
+    return F.layer_norm(F.gelu(x), x.shape[-1:], *affine, eps)
 
 
 def _heads_first(x: Tensor) -> Tensor:

@@ -15,6 +15,10 @@ PAGE = 32
 """Prompt positions per page: one key tile of a kernel, so that a tile needs one scalar page number."""
 
 
+Affine = tuple[Tensor, Tensor]
+"""Weight and bias of a LayerNorm, each as wide as what it normalises."""
+
+
 @dataclass(frozen=True)
 class Rows:
     """How a flat token axis divides into rows; rows need not touch, so a subset of a batch costs no copy."""
@@ -48,20 +52,65 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class BiasFactors:
+    """What a dense bias table is made of: projected positions and one relative table, a hundredth of its bytes.
+
+        bias[h, i, j] = query[h, i] . key[h, j] + relative[h, c]    with c = query_code[i] + key_code[j]
+
+    and no relative part where c lies outside the table (between image and text). `query` and `key` are (H, n, D) with
+    the scale in `query`, the codes (n,) int32, `relative` (H, size).
+    """
+
+    query: Tensor
+    key: Tensor
+    query_code: Tensor
+    key_code: Tensor
+    relative: Tensor
+
+    def dense(self) -> Tensor:
+        """The table (H, n, n) in float32."""
+        code = self.query_code[:, None] + self.key_code[None, :]
+        known = (code >= 0) & (code < self.relative.shape[1])
+        relative = self.relative.float()[:, code.where(known, 0).long()] * known
+        return self.query.float() @ self.key.float().transpose(1, 2) + relative
+
+
+@dataclass(frozen=True)
 class SharedBias:
     """Additive position biases, one table for all rows of a kind (an image grid), never one per row.
 
-    `tables[table_of_row[r]]` is (H, Q, K); row r uses its top-left (H, n_q, n_k) block.
+    `tables[table_of_row[r]]` is (H, Q, K), float32 or float16; row r uses its top-left (H, n_q, n_k) block. Encoder
+    tables may stay in factors where many grids would not fit.
     """
 
-    tables: tuple[Tensor, ...]
+    tables: tuple[Tensor | BiasFactors, ...]
     table_of_row: tuple[int, ...]
 
     def of(self, row: int) -> Tensor:
-        return self.tables[self.table_of_row[row]]
+        """The row's dense table (H, Q, K)."""
+        table = self.tables[self.table_of_row[row]]
+        return table.dense() if isinstance(table, BiasFactors) else table
 
     def select(self, rows: Sequence[int]) -> SharedBias:
         return SharedBias(self.tables, tuple(self.table_of_row[r] for r in rows))
+
+
+@dataclass(frozen=True)
+class CrossMemory:
+    """One layer's cross-attention keys and values of a batch, made once by `pack_memory` and read at every step.
+
+    `key` and `value` are (T, H, D) over the flat axis of `rows` in the plain layout; `layout` names any other, which
+    only the form that packed it can read.
+    """
+
+    key: Tensor
+    value: Tensor
+    rows: Rows
+    layout: str = "plain"
+
+    def select(self, rows: Sequence[int]) -> CrossMemory:
+        """The memory of some requests of the batch, without a copy."""
+        return CrossMemory(self.key, self.value, self.rows.select(rows), self.layout)
 
 
 @dataclass(frozen=True)

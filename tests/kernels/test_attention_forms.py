@@ -14,6 +14,7 @@ from promptmux_kernels import (
     Rows,
     SharedBias,
     cross_decode_attention,
+    pack_memory,
     pack_prompts,
     prefix_attention,
     prefix_decode_attention,
@@ -48,12 +49,16 @@ def prefill_case(lengths: list[int], prompt_lengths: list[int], seed: int = 0) -
     }
 
 
-def prefill(case: dict[str, object], form: str, *, causal: bool, seed: int = 3) -> Tensor:
+def attend(case: dict[str, object], form: str, *, causal: bool, seed: int = 3) -> tuple[Tensor, Tensor]:
     rows = case["rows"]
     assert isinstance(rows, Rows)
     q, k, v = (normal(rows.total, HEADS, DIM, seed=seed + i) for i in range(3))
     with use_form(form):  # type: ignore[arg-type]
         return prefix_attention(q, k, v, causal=causal, **case)  # type: ignore[arg-type]
+
+
+def prefill(case: dict[str, object], form: str, *, causal: bool) -> Tensor:
+    return attend(case, form, causal=causal)[0]
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["encoder", "decoder"])
@@ -69,14 +74,13 @@ def prefill(case: dict[str, object], form: str, *, causal: bool, seed: int = 3) 
 )
 def test_prefill_equals_the_reference(lengths: list[int], prompt_lengths: list[int], causal: bool) -> None:
     case = prefill_case(lengths, prompt_lengths)
-    torch.testing.assert_close(
-        prefill(case, "cpu", causal=causal), prefill(case, "reference", causal=causal), atol=TOLERANCE, rtol=0
-    )
+    found, expected = (attend(case, form, causal=causal) for form in ("batched", "reference"))
+    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
 
 
 def test_the_tolerance_sees_one_wrong_element() -> None:
     case = prefill_case([9, 4], [3, 0])
-    found = prefill(case, "cpu", causal=False)
+    found = prefill(case, "batched", causal=False)
     found[5, 1, 3] += 1e-5
     with pytest.raises(AssertionError):
         torch.testing.assert_close(found, prefill(case, "reference", causal=False), atol=TOLERANCE, rtol=0)
@@ -88,9 +92,9 @@ def test_prompt_keys_carry_no_bias() -> None:
     zeros, ones = torch.zeros(2, HEADS, DIM), torch.ones(2, HEADS, DIM)
     prompt = pack_prompts([(torch.zeros(1, HEADS, 1, DIM), torch.full((1, HEADS, 1, DIM), 50.0))], [0]).layer(0)
     bias = SharedBias((torch.full((HEADS, 2, 2), 20.0),), (0,))
-    for form in ("cpu", "reference"):
+    for form in ("batched", "reference"):
         with use_form(form):  # type: ignore[arg-type]
-            out = prefix_attention(
+            out, _ = prefix_attention(
                 zeros,
                 zeros,
                 ones,
@@ -130,7 +134,7 @@ def test_a_decode_step_equals_the_reference(widths: list[int], steps: list[int],
     case = decode_case(widths, steps, prompt_lengths)
     q = normal(sum(widths), HEADS, DIM, seed=5)
     outputs = []
-    for form in ("cpu", "reference"):
+    for form in ("batched", "reference"):
         with use_form(form):  # type: ignore[arg-type]
             outputs.append(prefix_decode_attention(q, **case))  # type: ignore[arg-type]
     torch.testing.assert_close(outputs[0], outputs[1], atol=TOLERANCE, rtol=0)
@@ -142,9 +146,7 @@ def test_cross_attention_equals_the_reference(consecutive: bool) -> None:
     first = (0, 0, 0) if consecutive else (4, 0, 11)
     arguments = {
         "groups": groups,
-        "key": normal(60, HEADS, DIM, seed=21),
-        "value": normal(60, HEADS, DIM, seed=22),
-        "memory": memory,
+        "memory": pack_memory(normal(60, HEADS, DIM, seed=21), normal(60, HEADS, DIM, seed=22), memory),
         "bias": SharedBias((normal(HEADS, 12, 30, seed=23), normal(HEADS, 12, 30, seed=24)), (0, 1, 0)),
         "first_positions": first,
         "consecutive": consecutive,
@@ -153,7 +155,7 @@ def test_cross_attention_equals_the_reference(consecutive: bool) -> None:
     }
     q = normal(9, HEADS, DIM, seed=25)
     outputs = []
-    for form in ("cpu", "reference"):
+    for form in ("batched", "reference"):
         with use_form(form):  # type: ignore[arg-type]
             outputs.append(cross_decode_attention(q, **arguments))  # type: ignore[arg-type]
     torch.testing.assert_close(outputs[0], outputs[1], atol=TOLERANCE, rtol=0)
@@ -162,7 +164,7 @@ def test_cross_attention_equals_the_reference(consecutive: bool) -> None:
 POISONS = [float("nan"), float("inf"), float("-inf"), 3e38]
 
 
-@pytest.mark.parametrize("form", ["cpu", "reference"])
+@pytest.mark.parametrize("form", ["batched", "reference"])
 @pytest.mark.parametrize("poison", POISONS, ids=str)
 def test_a_poisoned_prompt_changes_no_neighbour_by_a_bit(form: str, poison: float) -> None:
     case = prefill_case([4, 30, 9], [7, 64, 33])
@@ -178,7 +180,7 @@ def test_a_poisoned_prompt_changes_no_neighbour_by_a_bit(form: str, poison: floa
     assert not torch.equal(poisoned[4:34], clean[4:34])
 
 
-@pytest.mark.parametrize("form", ["cpu", "reference"])
+@pytest.mark.parametrize("form", ["batched", "reference"])
 def test_what_lies_behind_a_prompt_in_its_last_page_counts_for_nothing(form: str) -> None:
     case = prefill_case([4, 6], [7, 40])
     prompts = case["prompts"]
@@ -199,7 +201,7 @@ def test_masking_scores_alone_would_leak() -> None:
 
 def test_gradients_of_prompts_agree_between_the_forms() -> None:
     gradients = []
-    for form in ("cpu", "reference"):
+    for form in ("batched", "reference"):
         key, value = (normal(1, HEADS, 5, DIM, seed=31 + i).requires_grad_() for i in range(2))
         case = prefill_case([3, 8], [0, 0]) | {"prompts": pack_prompts([(key, value)], [0, 0]).layer(0)}
         prefill(case, form, causal=True).square().sum().backward()

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from promptmux_kernels import write_cache
+
 
 class DecodeCache:
     """`key` and `value` are (L, slots, H, D)."""
@@ -29,5 +31,4 @@ class DecodeCache:
 
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Store keys and values (T, H, D) of new tokens at `slots` (T,)."""
-        self.key[layer, slots] = key.to(self.key.dtype)
-        self.value[layer, slots] = value.to(self.value.dtype)
+        write_cache(self.key[layer], self.value[layer], slots, key, value)

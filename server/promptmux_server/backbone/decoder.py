@@ -7,7 +7,7 @@ knows nothing of searches or tasks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from promptmux_kernels import (
+    CrossMemory,
     PagedPrompts,
     PromptBatch,
     Rows,
     SharedBias,
     cross_decode_attention,
+    pack_memory,
     prefix_attention,
     prefix_decode_attention,
 )
@@ -32,19 +34,21 @@ from promptmux_server.backbone.positions import BiasCache, Grid, text_capacity, 
 
 @dataclass(frozen=True)
 class Memory:
-    """The encoder's output as the decoder reads it: keys and values of every layer, computed once per request.
+    """The encoder's output as the decoder reads it: every layer's keys and values, computed once per request.
 
-    `keys[l]` and `values[l]` are (T, H, D) over the flat axis of `rows`; beams share them by construction.
+    Beams of a request share them by construction.
     """
 
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-    rows: Rows
+    layers: tuple[CrossMemory, ...]
     grids: tuple[Grid, ...]
+
+    @property
+    def rows(self) -> Rows:
+        return self.layers[0].rows
 
     def select(self, rows: Sequence[int]) -> Memory:
         """The memory of some requests of the batch, without a copy."""
-        return replace(self, rows=self.rows.select(rows), grids=tuple(self.grids[r] for r in rows))
+        return Memory(tuple(layer.select(rows) for layer in self.layers), tuple(self.grids[r] for r in rows))
 
 
 @dataclass(frozen=True)
@@ -90,12 +94,9 @@ class Decoder(nn.Module):
     def remember(self, encoded: EncoderOutput) -> Memory:
         """Project the encoder's output to cross-attention keys and values, once for all steps and beams."""
         attentions = [cast(DecoderLayer, layer).encoder_attn for layer in self.layers]
-        return Memory(
-            keys=tuple(a.split(a.k_proj(encoded.states)) for a in attentions),
-            values=tuple(a.split(a.v_proj(encoded.states)) for a in attentions),
-            rows=encoded.rows,
-            grids=encoded.grids,
-        )
+        states = encoded.states
+        layers = (pack_memory(a.split(a.k_proj(states)), a.split(a.v_proj(states)), encoded.rows) for a in attentions)
+        return Memory(tuple(layers), encoded.grids)
 
     def prefill(
         self,
@@ -130,17 +131,16 @@ class Decoder(nn.Module):
             ) -> Tensor:
                 if cache is not None:
                     cache[0].write(index, cache[1], k, v)
-                return prefix_attention(
+                out, _ = prefix_attention(
                     q, k, v, rows=rows, prompts=paged, bias=own, scale=self.scale, head_scale=head_scale, causal=True
                 )
+                return out
 
             def cross(q: Tensor, head_scale: Tensor, index: int = index) -> Tensor:
                 return cross_decode_attention(
                     q,
                     groups=rows,
-                    key=memory.keys[index],
-                    value=memory.values[index],
-                    memory=memory.rows,
+                    memory=memory.layers[index],
                     bias=cross_bias,
                     first_positions=start,
                     consecutive=True,
@@ -193,9 +193,7 @@ class Decoder(nn.Module):
                 return cross_decode_attention(
                     q,
                     groups=beams.groups,
-                    key=memory.keys[index],
-                    value=memory.values[index],
-                    memory=memory.rows,
+                    memory=memory.layers[index],
                     bias=cross_bias,
                     first_positions=positions,
                     consecutive=False,

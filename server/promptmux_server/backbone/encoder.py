@@ -124,7 +124,7 @@ class Encoder(nn.Module):
                 bias: SharedBias = bias,
                 paged: PagedPrompts | None = paged,
             ) -> Tensor:
-                return prefix_attention(
+                out, _ = prefix_attention(
                     q,
                     k,
                     v,
@@ -135,6 +135,7 @@ class Encoder(nn.Module):
                     head_scale=head_scale,
                     causal=False,
                 )
+                return out
 
             x = layer(x, attend, layout)
         return EncoderOutput(self.layer_norm(x), layout, grids)

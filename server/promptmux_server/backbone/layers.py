@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promptmux_kernels import Rows
+from promptmux_kernels import Rows, gelu_norm, norm_add_norm
 from promptmux_server.backbone.config import BackboneConfig
 
 SelfAttend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -72,10 +72,18 @@ class Layer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.d_model)
         self.adapter: nn.Module = Adapter(config, config.adapter_dim) if config.adapter_dim else nn.Identity()
 
-    def feed_forward(self, x: Tensor, rows: Rows) -> Tensor:
-        y = _gelu(self.fc1(self.final_layer_norm(x)))
-        y = self.adapter(self.drop(self.fc2(self.ffn_layernorm(y))))
-        return x + self.drop_rows(y, rows)
+    def join(self, x: Tensor, y: Tensor, inner: nn.LayerNorm, outer: nn.LayerNorm, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Add a branch's output y, normalised, to x; return the sum and the sum normalised for the next branch."""
+        if self.training and (self.dropout or self.drop_path):
+            x = x + self.drop_rows(self.drop(inner(y)), rows)
+            return x, outer(x)
+        return norm_add_norm(x, y, (inner.weight, inner.bias), (outer.weight, outer.bias), inner.eps)
+
+    def feed_forward(self, x: Tensor, normed: Tensor, rows: Rows) -> Tensor:
+        """x plus the feed-forward branch of the normalised x."""
+        norm = self.ffn_layernorm
+        y = gelu_norm(self.fc1(normed), (norm.weight, norm.bias), norm.eps)
+        return x + self.drop_rows(self.adapter(self.drop(self.fc2(y))), rows)
 
     def drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
@@ -99,8 +107,9 @@ class EncoderLayer(Layer):
         self.attn_ln = nn.LayerNorm(config.d_model)
 
     def forward(self, x: Tensor, attend: SelfAttend, rows: Rows) -> Tensor:
-        y = self.attn_ln(self.self_attn.self_attend(self.self_attn_layer_norm(x), attend))
-        return self.feed_forward(x + self.drop_rows(self.drop(y), rows), rows)
+        y = self.self_attn.self_attend(self.self_attn_layer_norm(x), attend)
+        x, normed = self.join(x, y, self.attn_ln, self.final_layer_norm, rows)
+        return self.feed_forward(x, normed, rows)
 
 
 class DecoderLayer(Layer):
@@ -116,16 +125,11 @@ class DecoderLayer(Layer):
         self.cross_attn_ln = nn.LayerNorm(config.d_model)
 
     def forward(self, x: Tensor, attend: SelfAttend, cross: CrossAttend, rows: Rows) -> Tensor:
-        y = self.self_attn_ln(self.self_attn.self_attend(self.self_attn_layer_norm(x), attend))
-        x = x + self.drop_rows(self.drop(y), rows)
-        y = self.cross_attn_ln(self.encoder_attn.cross_attend(self.encoder_attn_layer_norm(x), cross))
-        x = x + self.drop_rows(self.drop(y), rows)
-        return self.feed_forward(x, rows)
-
-
-def _gelu(x: Tensor) -> Tensor:
-    """Exact GELU; PyTorch evaluates it in float32 for 16-bit inputs, as the released model does."""
-    return F.gelu(x)
+        y = self.self_attn.self_attend(self.self_attn_layer_norm(x), attend)
+        x, normed = self.join(x, y, self.self_attn_ln, self.encoder_attn_layer_norm, rows)
+        y = self.encoder_attn.cross_attend(normed, cross)
+        x, normed = self.join(x, y, self.cross_attn_ln, self.final_layer_norm, rows)
+        return self.feed_forward(x, normed, rows)
 
 
 def drop_path_rates(highest: float, layers: int) -> list[float]:

@@ -11,7 +11,18 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from promptmux_kernels.rows import PagedPrompts, Rows, SharedBias
+from promptmux_kernels.reference import gather_slots, gelu_norm, norm_add_norm, pack_memory, write_cache
+from promptmux_kernels.rows import CrossMemory, PagedPrompts, Rows, SharedBias
+
+__all__ = [
+    "cross_decode_attention",
+    "gelu_norm",
+    "norm_add_norm",
+    "pack_memory",
+    "prefix_attention",
+    "prefix_decode_attention",
+    "write_cache",
+]
 
 SCORES_PER_CHUNK = 1 << 22
 """Padded attention scores computed at once: 16 MB in float32, about what stays in a CPU's last-level cache."""
@@ -28,8 +39,8 @@ def prefix_attention(
     scale: float,
     head_scale: Tensor,
     causal: bool,
-) -> Tensor:
-    outputs, order = [], []
+) -> tuple[Tensor, Tensor]:
+    outputs, sums, order = [], [], []
     for chunk in _chunks(rows, rows, bias, heads=q.shape[1]):
         part = rows.select(chunk)
         index, valid = _padded_index(part, q.device)
@@ -43,8 +54,9 @@ def prefix_attention(
         scores, value = _behind_prompt(query, scores, value, prompts, chunk)
         out = scores.softmax(-1).to(value.dtype) @ value  # (b, H, n, D)
         outputs.append(_untake(out, valid))
+        sums.append(_untake(scores.logsumexp(-1), valid))
         order.append(part)
-    return _restore(outputs, order, rows) * head_scale.to(q.dtype)[:, None]
+    return _restore(outputs, order, rows) * head_scale.to(q.dtype)[:, None], _restore(sums, order, rows)
 
 
 def prefix_decode_attention(
@@ -72,9 +84,7 @@ def prefix_decode_attention(
         slots = history[index.flatten(), :longest]  # (g * width, t)
         reached = torch.tensor(steps, device=q.device).repeat_interleave(width)
         valid = torch.arange(longest, device=q.device) < reached[:, None]  # (g * width, t)
-        key, value = (
-            torch.where(valid[..., None, None], cache[slots.where(valid, 0)], 0) for cache in (cache_key, cache_value)
-        )
+        key, value = (gather_slots(cache, slots, valid) for cache in (cache_key, cache_value))
         query = q[index.flatten()] * scale  # (g * width, H, D)
         scores = torch.einsum("rhd,rthd->rht", query, key).float()
         scores = scores + bias[:, reached - 1, :longest].transpose(0, 1)
@@ -107,9 +117,7 @@ def cross_decode_attention(
     q: Tensor,
     *,
     groups: Rows,
-    key: Tensor,
-    value: Tensor,
-    memory: Rows,
+    memory: CrossMemory,
     bias: SharedBias,
     first_positions: tuple[int, ...],
     consecutive: bool,
@@ -117,12 +125,12 @@ def cross_decode_attention(
     head_scale: Tensor,
 ) -> Tensor:
     outputs, order = [], []
-    for chunk in _chunks(groups, memory, bias, heads=q.shape[1]):
+    for chunk in _chunks(groups, memory.rows, bias, heads=q.shape[1]):
         part = groups.select(chunk)
         query_index, query_valid = _padded_index(part, q.device)
-        key_index, key_valid = _padded_index(memory.select(chunk), q.device)
+        key_index, key_valid = _padded_index(memory.rows.select(chunk), q.device)
         query = _take(q * scale, query_index, query_valid)  # (g, H, n, D)
-        scores = (query @ _take(key, key_index, key_valid).transpose(-1, -2)).float()  # (g, H, n, m)
+        scores = (query @ _take(memory.key, key_index, key_valid).transpose(-1, -2)).float()  # (g, H, n, m)
         table = bias.of(chunk[0])[..., : scores.shape[-1]]
         firsts = [first_positions[group] for group in chunk]
         if consecutive and len(set(firsts)) == 1:
@@ -133,7 +141,7 @@ def cross_decode_attention(
             raise AssertionError("prefill rows of one batch start at one position")
         if key_valid is not None:
             scores = scores.masked_fill(~key_valid[:, None, None], -torch.inf)
-        out = scores.softmax(-1).to(value.dtype) @ _take(value, key_index, key_valid)
+        out = scores.softmax(-1).to(q.dtype) @ _take(memory.value, key_index, key_valid)
         outputs.append(_untake(out, query_valid))
         order.append(part)
     return _restore(outputs, order, groups) * head_scale.to(q.dtype)[:, None]
@@ -179,7 +187,7 @@ def _take(x: Tensor, index: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def _untake(out: Tensor, valid: Tensor | None) -> Tensor:
-    """(b, H, n, D) -> the real tokens, (tokens, H, D)."""
+    """(b, H, n, ...) -> the real tokens, (tokens, H, ...)."""
     flat = out.transpose(1, 2)
     return flat.flatten(0, 1) if valid is None else flat[valid]
 
