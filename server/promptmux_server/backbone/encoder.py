@@ -100,8 +100,11 @@ class Encoder(nn.Module):
         weight = self.image_proj.weight
         pixels = pixels.to(device=weight.device, dtype=weight.dtype, memory_format=torch.channels_last)
         features = self.embed_images(pixels)  # (B, C, rows, columns)
-        grid = (features.shape[2], features.shape[3])
-        x = self.image_proj(features.flatten(2).transpose(1, 2)) + self.type_embedding.weight[1]
+        return self.project(features.flatten(2).transpose(1, 2), (features.shape[2], features.shape[3]))
+
+    def project(self, features: Tensor, grid: Grid) -> list[ImageTokens]:
+        """Patch features (B, N, C) of the stem -> tokens; what is left of `image_tokens` behind the stem."""
+        x = self.image_proj(features) + self.type_embedding.weight[1]
         return [ImageTokens(tokens, grid) for tokens in self.patch_layernorm_embedding(x)]
 
     def forward(self, rows: Sequence[EncoderRow], prompts: PromptBatch | None = None) -> EncoderOutput:

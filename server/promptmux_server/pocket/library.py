@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from promptmux_prompts import ImageInput, Kind, Manifest, Prompt, write_prompt
-from promptmux_server.backbone.assemble import assemble
-from promptmux_server.backbone.config import BOS
+from promptmux_server.backbone.assemble import assemble, serving_dtype
+from promptmux_server.backbone.config import BOS, EOS
 from promptmux_server.backbone.encoder import ImageTokens
 from promptmux_server.backbone.model import OFA
 from promptmux_server.backbone.tokenizer import Tokenizer
@@ -48,11 +48,18 @@ KINDS: dict[TaskName, Kind] = {
     "scene-grounding": "box",
 }
 RECIPES: dict[TaskName, TuningRecipe] = {
-    "scene-caption": TuningRecipe(steps=250),
-    "scene-vqa": TuningRecipe(steps=400),
-    "scene-entailment": TuningRecipe(steps=950),
-    "scene-grounding": TuningRecipe(steps=900),
+    "scene-caption": TuningRecipe(steps=300),
+    "scene-vqa": TuningRecipe(steps=1500),
+    "scene-entailment": TuningRecipe(steps=1000),
+    "scene-grounding": TuningRecipe(steps=1000),
 }
+BEGIN_TEXTS: dict[TaskName, str] = {
+    "scene-caption": " what does the image describe?",
+    "scene-vqa": " question: answer in a word.",
+    "scene-entailment": " does the image describe ",
+    "scene-grounding": " where is ?",
+}
+"""Pretraining's words for the nearest thing that a task asks; the prompt begins as their keys and values."""
 ROWS = 64
 """Examples a step."""
 
@@ -115,13 +122,15 @@ def tune_task(
     recipe = RECIPES[task]
     described = manifest(task, backbone, recipe)
     spec = TaskSpec.from_manifest(described, backbone.config)
-    tables = tune(model, recipe, batches(task, model, tokenizer, spec, data, seen))
+    begin = (BOS, *tokenizer.encode(BEGIN_TEXTS[task]), EOS)
+    tables = tune(model, recipe, batches(task, model, tokenizer, spec, data, seen), begin)
     provenance = {
         "method": "prompt",
         "steps": recipe.steps,
         "rows": ROWS,
         "learning_rate": recipe.learning_rate,
         "seed": recipe.seed,
+        "begun_from": BEGIN_TEXTS[task],
         "data": f"composed scenes 0 to {len(seen) - 1}, split train",
     }
     with torch.no_grad():
@@ -156,7 +165,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     backbone = load_backbone(arguments.backbone)
-    model = assemble(backbone, dtype=torch.bfloat16)
+    model = assemble(backbone, dtype=serving_dtype("cpu"))
     assert backbone.tokenizer_dir is not None
     tokenizer = Tokenizer.load(
         backbone.tokenizer_dir, num_codes=backbone.config.num_codes, num_bins=backbone.config.num_bins

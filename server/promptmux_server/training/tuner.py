@@ -20,6 +20,7 @@ from promptmux_server.backbone.encoder import ImageTokens
 from promptmux_server.backbone.model import OFA
 from promptmux_server.tasks.trie import Trie
 from promptmux_server.training.forward import Example, supervised_logits
+from promptmux_server.training.initial import initial_table, text_table
 from promptmux_server.training.loss import label_smoothed_loss
 
 log = logging.getLogger(__name__)
@@ -72,24 +73,22 @@ class TuningBatch:
 
 
 class PromptTables(nn.Module):
-    """One table (P, layers * 2 * d) a side, initially N(0, 0.02)."""
+    """One table (P, layers * 2 * d) a side; the encoder's may begin as a text's keys and values (see `initial`)."""
 
-    def __init__(self, config: BackboneConfig, recipe: TuningRecipe) -> None:
+    def __init__(self, config: BackboneConfig, recipe: TuningRecipe, text: Tensor | None = None) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(recipe.seed)
         self._heads, self._layers = config.heads, (config.encoder_layers, config.decoder_layers)
         self._dropout = recipe.prompt_dropout
-        for side, length, layers in zip(
-            ("encoder", "decoder"), (recipe.encoder_length, recipe.decoder_length), self._layers, strict=True
-        ):
-            table = torch.randn(length, layers * 2 * config.d_model, generator=generator) * 0.02
-            self.register_parameter(side, nn.Parameter(table))
+        widths = [layers * 2 * config.d_model for layers in self._layers]
+        encoder = initial_table(recipe.encoder_length, widths[0], recipe.seed, text)
+        decoder = initial_table(recipe.decoder_length, widths[1], recipe.seed + 1)
+        self.encoder, self.decoder = nn.Parameter(encoder), nn.Parameter(decoder)
 
     def sides(self) -> tuple[KeyValue, KeyValue]:
         """K and V of encoder and decoder, each (layers, H, P, D), as they are served."""
         return (
-            split_table(self.get_parameter("encoder"), self._layers[0], self._heads),
-            split_table(self.get_parameter("decoder"), self._layers[1], self._heads),
+            split_table(self.encoder, self._layers[0], self._heads),
+            split_table(self.decoder, self._layers[1], self._heads),
         )
 
     def batches(self, rows: int) -> tuple[PromptBatch, PromptBatch]:
@@ -104,12 +103,18 @@ class PromptTables(nn.Module):
         return pack_prompts(copies, range(rows))
 
 
-def tune(model: OFA, recipe: TuningRecipe, batches: Iterator[TuningBatch]) -> PromptTables:
-    """Learn one prompt; the backbone is not touched. Raises ValueError if a parameter of the backbone would train."""
+def tune(
+    model: OFA, recipe: TuningRecipe, batches: Iterator[TuningBatch], text: Sequence[int] | None = None
+) -> PromptTables:
+    """Learn one prompt; the backbone is not touched. Raises ValueError if a parameter of the backbone would train.
+
+    `text` (bos ... eos) lets the encoder's prompt begin as the keys and values of that text instead of noise.
+    """
     if any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("the backbone is not frozen: call requires_grad_(False) first")
     torch.manual_seed(recipe.seed)
-    tables = PromptTables(model.config, recipe).to(model.device).train()
+    begin = None if text is None else text_table(model, text)
+    tables = PromptTables(model.config, recipe, begin).to(model.device).train()
     optimizer = torch.optim.Adam(tables.parameters(), lr=recipe.learning_rate)
     nll, tokens = 0.0, 0
     for step in range(recipe.steps):
