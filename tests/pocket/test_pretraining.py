@@ -1,8 +1,9 @@
-"""The stem's lesson has exact truth, the model begins by matching, and a killed run goes on as if it never stopped."""
+"""The stem's lesson has exact truth, naming begins as copying, and a killed run goes on as if it never stopped."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -10,20 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from promptmux_server.backbone.model import OFA
 from promptmux_server.backbone.tokenizer import Tokenizer
 from promptmux_server.backbone.vision import VisionStem
+from promptmux_server.backbone.weights import load_backbone
 from promptmux_server.pocket import WEIGHTS
-from promptmux_server.pocket.dataset import Pixels
+from promptmux_server.pocket.dataset import Pixels, SceneDataset
 from promptmux_server.pocket.pretrain import Pretraining, run
-from promptmux_server.pocket.recipe import (
-    NUM_BINS,
-    Recipe,
-    begin_by_matching,
-    initialise,
-    place_waves,
-    pocket_config,
-)
+from promptmux_server.pocket.recipe import NUM_BINS, Recipe, pocket_config
 from promptmux_server.pocket.scenes import Scene, SceneObject
 from promptmux_server.pocket.stem import ANSWERS, EDGE_BINS, GRID, WORDS, edge_targets, patch_truth
 
@@ -56,26 +50,6 @@ def test_an_edges_target_is_a_distribution_around_its_bin() -> None:
     assert target.argmax(-1).tolist() == [[0, 15, 15, EDGE_BINS - 1]]
 
 
-def test_attention_begins_by_finding_like_and_copying_it() -> None:
-    model = OFA(pocket_config(500), folded=False)
-    initialise(model)
-    begin_by_matching(model)
-    own = model.encoder.layers[0].self_attn  # type: ignore[union-attr]
-    cross = model.decoder.layers[0].encoder_attn  # type: ignore[union-attr]
-    assert torch.equal(own.q_proj.weight, own.k_proj.weight)  # type: ignore[union-attr]
-    assert not torch.equal(cross.q_proj.weight, cross.k_proj.weight)  # type: ignore[union-attr]
-    for attention in (own, cross):
-        copied = attention.out_proj.weight @ attention.v_proj.weight  # type: ignore[union-attr, operator]
-        torch.testing.assert_close(copied, torch.eye(len(copied)), atol=1e-5, rtol=0)
-
-
-def test_near_places_look_more_alike_than_far_ones() -> None:
-    waves = place_waves(torch.tensor([40, 42, 60, 120]), 192)
-    likeness = waves @ waves[0] / 192
-    assert likeness[0] == pytest.approx(1.0, abs=1e-5)
-    assert likeness[1] > likeness[2] + 0.2 > likeness[3]
-
-
 class TwoScenes:
     """The least that pretraining asks of a data set."""
 
@@ -87,10 +61,12 @@ class TwoScenes:
         return np.full((128, 128, 3), 60 * index, dtype=np.uint8), scene
 
 
-def pretraining(lesson: Path, folder: Path) -> Pretraining:
+SCENES = cast(SceneDataset, TwoScenes())
+
+
+def pretraining(begin: Path, folder: Path) -> Pretraining:
     recipe = Recipe(steps=4, images=2, texts=3, warmup_steps=1)
-    tokenizer = Tokenizer.load(WEIGHTS, num_codes=0, num_bins=NUM_BINS)
-    return Pretraining(recipe, tokenizer, lesson, TwoScenes(), 2, folder)  # type: ignore[arg-type]
+    return Pretraining(recipe, Tokenizer.load(WEIGHTS, num_codes=0, num_bins=NUM_BINS), begin, folder)
 
 
 @pytest.fixture
@@ -104,22 +80,29 @@ def lesson(tmp_path: Path) -> Path:
 
 
 def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(lesson: Path, tmp_path: Path) -> None:
-    run(pretraining(lesson, tmp_path / "whole"))
+    run(pretraining(lesson, tmp_path / "whole"), SCENES)
     killed = pretraining(lesson, tmp_path / "killed")
     (tmp_path / "killed").mkdir()
     for _ in range(2):
-        killed.train_step()
+        killed.train_step(SCENES)
     killed.save()
-    run(pretraining(lesson, tmp_path / "killed"))
+    run(pretraining(lesson, tmp_path / "killed"), SCENES)
     whole, resumed = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "killed"))
+    assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_pretraining_leaves_the_stem_as_it_was_taught(lesson: Path, tmp_path: Path) -> None:
-    training = pretraining(lesson, tmp_path / "run")
-    taught = {name: tensor.clone() for name, tensor in load_file(lesson).items() if not name.startswith("head.")}
-    before = training.model.encoder.image_proj.weight.detach().clone()
-    training.train_step()
-    stem = training.model.encoder.embed_images.state_dict()
-    assert all(torch.equal(stem[name], tensor) for name, tensor in taught.items())
-    assert not torch.equal(before, training.model.encoder.image_proj.weight)
+def test_a_run_may_go_on_from_a_backbone_directory(tmp_path: Path) -> None:
+    begun = pretraining(WEIGHTS, tmp_path).model.state_dict()
+    shipped = load_backbone(WEIGHTS).tensors
+    assert all(torch.equal(begun[name], tensor.float()) for name, tensor in shipped.items())
+
+
+def test_a_patch_begins_close_to_the_word_that_the_lesson_gave_it(lesson: Path, tmp_path: Path) -> None:
+    training = pretraining(lesson, tmp_path)
+    encoder, head = training.model.encoder, training.head
+    feature = head.weight[WORDS.index("dog")].detach()
+    patch = encoder.image_proj(feature) - encoder.image_proj.bias
+    names = {word: encoder.embed_tokens.weight[training.tokenizer.encode(f" {word}")[0]] for word in ("dog", "cat")}
+    likeness = {word: float(torch.cosine_similarity(patch, name, dim=0)) for word, name in names.items()}
+    assert likeness["dog"] > 0.5 > likeness["cat"]

@@ -69,7 +69,7 @@ def pretrain_samples(scene: Scene, rng: random.Random, count: int, *, described:
     if not described:
         first = [rng.choice(first)]
     makers: tuple[Callable[[Scene, random.Random], Sample], ...] = (_question, _where, _matching, _region)
-    rest = rng.choices(makers, weights=(3, 2, 2, 1), k=count - len(first))
+    rest = rng.choices(makers, weights=(4, 2, 3, 1), k=count - len(first))
     return [*first, *(maker(scene, rng) for maker in rest)]
 
 

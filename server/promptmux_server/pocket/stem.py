@@ -80,7 +80,8 @@ def edge_targets(edges: Tensor) -> Tensor:
 
 
 def lesson_losses(answers: Tensor, truths: list[PatchTruth]) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean losses of words, edges and centres; answers are (B * 64, ANSWERS) float32."""
+    """Mean losses of words, edges and centres; answers are (B, 64, ANSWERS) float32."""
+    answers = answers.flatten(0, 1)
     word = F.cross_entropy(answers[:, : len(WORDS)], torch.cat([t.word for t in truths]))
     edge_logits = answers[:, len(WORDS) : -1].unflatten(1, (4, EDGE_BINS)).flatten(0, 1)
     edge = F.cross_entropy(edge_logits, edge_targets(torch.cat([t.edges for t in truths])).flatten(0, 1))
@@ -107,7 +108,7 @@ def train_stem(data: SceneDataset, steps: int, log_path: Path) -> tuple[VisionSt
             truths = [patch_truth(scene) for _, scene in chosen]
             with torch.autocast("cpu", torch.bfloat16, enabled=serving_dtype("cpu") is torch.bfloat16):
                 features = stem(pixels.contiguous(memory_format=torch.channels_last))  # (B, C, 8, 8)
-                answers = head(features.permute(0, 2, 3, 1).flatten(0, 2)).float()
+                answers = head(features.flatten(2).transpose(1, 2)).float()  # (B, 64, ANSWERS)
             losses = lesson_losses(answers, truths)
             sum(losses, start=torch.zeros(())).backward()
             optimizer.step()
@@ -123,7 +124,7 @@ def train_stem(data: SceneDataset, steps: int, log_path: Path) -> tuple[VisionSt
 def _measures(answers: Tensor, truths: list[PatchTruth], losses: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
     """What the log says of a batch: shares of patches named rightly, and the three losses."""
     word = torch.cat([t.word for t in truths])
-    right = (answers[:, : len(WORDS)].argmax(1) == word).float()
+    right = (answers.flatten(0, 1)[:, : len(WORDS)].argmax(1) == word).float()
     shown = word < len(KINDS)
     measures = {"kinds": right[shown].mean(), "colours": right[~shown].mean()}
     measures |= dict(zip(("word", "edge", "centre"), losses, strict=True))
