@@ -175,6 +175,15 @@ def pack_memory(key: Tensor, value: Tensor, rows: Rows) -> CrossMemory:
     return out
 
 
+def pack_bias(table: Tensor, dtype: torch.dtype) -> Tensor:
+    """Lay a bias table (H, Q, K) out as this device reads it fastest beside heads of `dtype`; done once per image grid.
+
+    The result is float32 or float16 and holds the same values, to float16's precision.
+    """
+    out: Tensor = _form(table).pack_bias(table, dtype)
+    return out
+
+
 def write_cache(cache_key: Tensor, cache_value: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
     """cache_key[slots] = key, cache_value[slots] = value; slots (T,) int64 are distinct, key and value (T, H, D)."""
     _form(key, value).write_cache(cache_key, cache_value, slots, key, value)

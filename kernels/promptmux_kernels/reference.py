@@ -97,6 +97,10 @@ def pack_memory(key: Tensor, value: Tensor, rows: Rows) -> CrossMemory:
     return CrossMemory(key, value, rows)
 
 
+def pack_bias(table: Tensor, dtype: torch.dtype) -> Tensor:
+    return table
+
+
 def write_cache(cache_key: Tensor, cache_value: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
     cache_key[slots] = key.to(cache_key.dtype)
     cache_value[slots] = value.to(cache_value.dtype)

@@ -4,6 +4,7 @@ Imported only when a call needs it: triton is optional, and TRITON_INTERPRET mus
 Contracts: `dispatch`.
 """
 
+from promptmux_kernels.triton_ops.bias import pack_bias
 from promptmux_kernels.triton_ops.cross_decode_attention import cross_decode_attention
 from promptmux_kernels.triton_ops.norms import gelu_norm, norm_add_norm
 from promptmux_kernels.triton_ops.paging import gather_slots, pack_memory, write_cache
@@ -15,6 +16,7 @@ __all__ = [
     "gather_slots",
     "gelu_norm",
     "norm_add_norm",
+    "pack_bias",
     "pack_memory",
     "prefix_attention",
     "prefix_decode_attention",

@@ -36,6 +36,19 @@ class BiasPart:
     aligned: bool
 
 
+def pack_bias(table: Tensor, dtype: torch.dtype) -> Tensor:
+    """`dispatch.pack_bias` on a GPU: every line starts at a multiple of 16 bytes; float16 beside 16-bit heads.
+
+    Against float32, float16 halves the bytes and leaves a bfloat16 attention's error as it is; bfloat16 would add half.
+    """
+    element = torch.float32 if dtype == torch.float32 else torch.float16
+    vector = VECTOR_BYTES // element.itemsize
+    heads, queries, keys = table.shape
+    padded = torch.zeros(heads, queries, -(-keys // vector) * vector, dtype=element, device=table.device)
+    padded[..., :keys] = table
+    return padded[..., :keys]
+
+
 def parts(bias: SharedBias, device: torch.device) -> list[BiasPart]:
     """Usually one part: mixing kinds costs one launch each."""
     lines = [_line(table) for table in bias.tables]

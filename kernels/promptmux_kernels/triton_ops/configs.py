@@ -13,7 +13,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 
@@ -124,7 +123,10 @@ _EXACT = {
 """float32 runs on the plain units, to be exact: tiles are small so that nothing spills."""
 
 _DECODE = {"others": (Config(16, 32, 4, 2), Config(16, 32, 2, 2)), "gfx942": (Config(16, 32, 4, 2),)}
-_CROSS = {"others": (Config(16, 64, 4, 3), Config(16, 64, 4, 4), Config(16, 64, 2, 3)), "gfx942": (Config(16, 64, 4, 4),)}
+_CROSS = {
+    "others": (Config(16, 64, 4, 3), Config(16, 64, 4, 4), Config(16, 64, 2, 3)),
+    "gfx942": (Config(16, 64, 4, 4),),
+}
 _CROSS_PREFILL = {"others": (Config(32, 64, 4, 2), Config(64, 64, 4, 2))}
 
 _NARROW: dict[str, dict[str, tuple[Config, ...]]] = {
@@ -139,4 +141,11 @@ _NARROW: dict[str, dict[str, tuple[Config, ...]]] = {
     "cross_decode_attention": _CROSS,
     "cross_prefill_attention": _CROSS_PREFILL,
 }
-_WIDE = _NARROW
+_WIDE: dict[str, dict[str, tuple[Config, ...]]] = _NARROW | {
+    "prefix_attention": {
+        "sm_80": (Config(64, 64, 4, 2),),
+        "sm_90": (Config(64, 64, 4, 2, True), Config(128, 64, 8, 2, True)),
+        "sm_100": (Config(128, 64, 8, 2, True), Config(64, 64, 4, 2, True)),
+        "others": (Config(64, 32, 4, 2),),
+    },
+}

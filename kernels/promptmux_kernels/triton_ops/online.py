@@ -1,6 +1,6 @@
 """The running softmax that every attention kernel shares, in base 2. Knows scores and values; not where they lie.
 
-    state over the tiles seen so far:  top = max(S),  total = sum(2 ** (S - top)),  out = sum(2 ** (S - top) * V)
+state over the tiles seen so far:  top = max(S),  total = sum(2 ** (S - top)),  out = sum(2 ** (S - top) * V)
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Moving K and V in and out of pools by slot. Attention reads slots in place, so only new tokens are ever copied.
 
-    write_cache    cache_key[slots] = key, cache_value[slots] = value: both in one launch
-    gather_slots   pool[slots] where valid, zero elsewhere, whatever the pool holds there
-    pack_memory    the plain layout is the one the kernels read: nothing to do
+write_cache    cache_key[slots] = key, cache_value[slots] = value: both in one launch
+gather_slots   pool[slots] where valid, zero elsewhere, whatever the pool holds there
+pack_memory    the plain layout is the one the kernels read: nothing to do
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def write_cache_kernel(
 def gather_slots_kernel(pool, stride_slot, slots, valid, out, width, LANES: tl.constexpr):
     row = tl.program_id(0)
     lane = tl.arange(0, LANES)
-    wanted = tl.load(valid + row) != 0
-    taken = tl.load(pool + tl.load(slots + row, mask=wanted, other=0) * stride_slot + lane, mask=(lane < width) & wanted, other=0.0)
+    read = tl.load(valid + row).to(tl.int32) * width  # 0 lanes of a slot that is not valid: its contents stay unread
+    taken = tl.load(pool + tl.load(slots + row) * stride_slot + lane, mask=lane < read, other=0.0)
     tl.store(out + row.to(tl.int64) * width + lane, taken, mask=lane < width)
 
 

@@ -118,9 +118,9 @@ def prefix_attention_kernel(
         elif BIAS == "descriptor":
             scores += table.load([first, j]).to(tl.float32)
         else:
-            scores += tl.load(bias + j + (line[:, None] + column[None, :]), mask=(key < readable)[None, :], other=0.0).to(
-                tl.float32
-            )
+            scores += tl.load(
+                bias + j + (line[:, None] + column[None, :]), mask=(key < readable)[None, :], other=0.0
+            ).to(tl.float32)
         seen = real[None, :]
         if CAUSAL:
             seen = seen & (key[None, :] <= query[:, None])

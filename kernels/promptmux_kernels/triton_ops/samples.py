@@ -50,9 +50,7 @@ class Widths:
         return float((2 * self.head_dim) ** -0.5)
 
 
-def encoder_attention(
-    widths: Widths, lengths: Sequence[int], prompts: Sequence[int], *, factors: bool = False
-) -> Call:
+def encoder_attention(widths: Widths, lengths: Sequence[int], prompts: Sequence[int], *, factors: bool = False) -> Call:
     """Rows that look at pictures of one grid: one table of all their tokens."""
     return _self_attention(widths, lengths, prompts, causal=False, factors=factors)
 
@@ -68,7 +66,9 @@ def _self_attention(
     q, k, v = (widths.tokens(rows.total) for _ in range(3))
     pool = prompt_pool(widths, prompts)
     size = _rounded(max(lengths))
-    table = bias_factors(widths, size) if factors else bias_table(widths, size, size)
+    dense = widths.random(widths.heads, size, size, dtype=torch.float32)
+    packed = dense if causal else ops.pack_bias(dense, widths.dtype)  # only the encoder's tables are large
+    table = bias_factors(widths, size) if factors else packed
     bias = SharedBias((table,), (0,) * len(rows))
     return lambda: ops.prefix_attention(
         q,
@@ -159,12 +159,6 @@ def prompt_pool(widths: Widths, lengths: Sequence[int]) -> PagedPrompts:
         table[row, :count] = torch.arange(spans.starts[row], spans.starts[row] + count)
     key, value = (widths.random(max(1, spans.total), widths.heads, PAGE, widths.head_dim) for _ in range(2))
     return PagedPrompts(key, value, table.to(widths.device), tuple(lengths))
-
-
-def bias_table(widths: Widths, queries: int, keys: int) -> Tensor:
-    """(H, queries, keys): float16 beside 16-bit heads, which costs an attention 2e-4 of relative error, else float32."""
-    wide = widths.dtype == torch.float32
-    return widths.random(widths.heads, queries, keys, dtype=torch.float32 if wide else torch.float16)
 
 
 def bias_factors(widths: Widths, tokens: int) -> BiasFactors:
