@@ -95,16 +95,14 @@ def test_cross_attention_equals_the_oracle(
 
 @pytest.mark.parametrize("processors", [1, 132], ids=["whole", "split"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_picture_of_900_patches_is_read_whole_or_in_parts(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, processors: int
-) -> None:
+def test_a_picture_of_900_patches_is_read_whole_or_in_parts(dtype: torch.dtype, processors: int) -> None:
     """Split, the short row leaves most chunks empty: they must weigh nothing."""
-    monkeypatch.setattr(launch, "processors", lambda device: processors)
     q, case = cross(Random(5, dtype), [5, 3], [930, 30], [3, 0], consecutive=False, heads=1, dim=64)
-    with launch.recorded() as launches:
-        in_triton(cross_decode_attention, q, **case)
+    with launch.counting(processors):
+        with launch.recorded() as launches:
+            in_triton(cross_decode_attention, q, **case)
+        found = in_triton(cross_decode_attention, q, **case)
     assert len(launches) == (1 if processors == 1 else 2)
-    found = in_triton(cross_decode_attention, q, **case)
     assert_near(found, in_float64(cross_decode_attention, q, **case), TOLERANCES[dtype])
 
 
@@ -171,15 +169,13 @@ def test_a_poisoned_beam_changes_neither_its_siblings_nor_other_requests(poison:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("processors", [1, 132], ids=["whole", "split"])
 @pytest.mark.parametrize("poison", POISONS, ids=str)
-def test_a_poisoned_memory_changes_no_neighbour_by_a_bit(
-    monkeypatch: pytest.MonkeyPatch, poison: float, processors: int
-) -> None:
-    monkeypatch.setattr(launch, "processors", lambda device: processors)
+def test_a_poisoned_memory_changes_no_neighbour_by_a_bit(poison: float, processors: int) -> None:
     q, case = cross(Random(9, torch.float32), [5, 3, 5], [9, 40, 300], [3, 0, 1], consecutive=False, heads=1, dim=16)
-    clean = in_triton(cross_decode_attention, q, **case)
-    for part in (case["memory"].key, case["memory"].value):
-        part[9:49] = poison
-    found = in_triton(cross_decode_attention, q, **case)
+    with launch.counting(processors):
+        clean = in_triton(cross_decode_attention, q, **case)
+        for part in (case["memory"].key, case["memory"].value):
+            part[9:49] = poison
+        found = in_triton(cross_decode_attention, q, **case)
     assert torch.equal(found[:5], clean[:5])
     assert torch.equal(found[8:], clean[8:])
     assert not torch.equal(found[5:8], clean[5:8])

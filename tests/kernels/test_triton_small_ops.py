@@ -87,10 +87,9 @@ def one_tile(scores_ptr, value_ptr, seen_ptr, out_ptr, ZERO_VALUES: tl.constexpr
     square = at[:, None] * 16 + at[None, :]
     seen = tl.load(seen_ptr + at) != 0
     out, top, total = online.empty(16, 16)
-    if ZERO_VALUES:
-        value = tl.load(value_ptr + square, mask=seen[:, None], other=0.0)
-    else:
-        value = tl.load(value_ptr + square)
+    everything = at < 16
+    readable = seen if ZERO_VALUES else everything
+    value = tl.load(value_ptr + square, mask=readable[:, None], other=0.0)
     scores = tl.where(seen[None, :], tl.load(scores_ptr + square), float("-inf"))
     out, top, total = online.fold(scores, value, out, top, total)
     tl.store(out_ptr + square, out / total[:, None])

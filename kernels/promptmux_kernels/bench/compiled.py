@@ -92,6 +92,13 @@ def compile_launch(launch: Launch, where: str) -> Compiled:
     return Compiled(registers, stack, spills, shared, blocks, instructions)
 
 
+def variant(launch: Launch) -> str:
+    """What triton would compile for: launches of one variant share one compiled kernel."""
+    source = _source(launch)
+    parts = (source.signature, source.constants, sorted(source.attrs), launch.config.warps, launch.config.stages)
+    return f"{launch.kernel.fn.__name__} {parts}"
+
+
 def _source(launch: Launch) -> ASTSource:
     """The launch's kernel, specialised as the launch would: pointers and integers known to be multiples of 16."""
     signature, constants, attributes = {}, {}, {}

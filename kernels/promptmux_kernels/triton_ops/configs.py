@@ -115,7 +115,7 @@ _INTERPRETED = {
 _FMA = Config(32, 32, 4, 1)
 _EXACT = {
     "prefix_attention": (_FMA,),
-    "prefix_attention_factors": (_FMA,),
+    "prefix_attention_factors": (Config(16, 32, 4, 1),),
     "prefix_decode_attention": (Config(16, 32, 4, 1),),
     "cross_decode_attention": (Config(16, 32, 4, 1),),
     "cross_prefill_attention": (_FMA,),
@@ -148,4 +148,5 @@ _WIDE: dict[str, dict[str, tuple[Config, ...]]] = _NARROW | {
         "sm_100": (Config(128, 64, 8, 2, True), Config(64, 64, 4, 2, True)),
         "others": (Config(64, 32, 4, 2),),
     },
+    "prefix_attention_factors": {"others": (Config(64, 32, 4, 2),)},
 }

@@ -7,7 +7,7 @@ beams at one position, so one line of bias serves the tile). One program takes u
 and one chunk of keys. A batch that fills the device has one chunk per row and writes the answer at once; a small one is
 cut into more (`splits`), each leaving its part of the softmax, which the second kernel merges:
 
-    lse_s = log2(sum(2 ** S_s)),  out_s = softmax(S_s) V_s,  out = sum(2 ** (lse_s - max) out_s) / sum(2 ** (lse_s - max))
+    w_s = 2 ** (log2(sum(2 ** S_s)) - max),  out_s = softmax(S_s) V_s,  out = sum(w_s out_s) / sum(w_s)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from promptmux_kernels.triton_ops.bias import parts
 from promptmux_kernels.triton_ops.online import LOG2_E, empty, fold
 
 MAX_CHUNKS = 32
-"""Parts of a softmax that the merge takes at once: more than the 29 key tiles of the largest picture (42 x 42 patches)."""
+"""Parts of a softmax that the merge takes at once: above the 29 key tiles of the largest picture (42 x 42)."""
 
 
 @triton.jit(do_not_specialize=["queries"])
@@ -84,10 +84,10 @@ def cross_decode_kernel(
         out, top, total = fold(tl.where(real[None, :], scores * LOG2_E, float("-inf")), v, out, top, total)
 
     if SPLIT:
-        # A chunk behind a short row's end has total 0: its lse is -inf and its part is never read.
+        # A chunk behind a short row's end has total 0 and so an lse of -inf: it will weigh nothing.
         at += chunk * queries * HEADS
         safe_total = tl.where(total == 0.0, 1.0, total)
-        tl.store(part_ptr + at[:, None] * D + lane[None, :], out / safe_total[:, None], mask=own & (end > begin))
+        tl.store(part_ptr + at[:, None] * D + lane[None, :], out / safe_total[:, None], mask=own)
         tl.store(lse_ptr + at, top + tl.log2(safe_total), mask=query < n)
     else:
         weight = tl.load(head_scale + head).to(tl.float32) / total

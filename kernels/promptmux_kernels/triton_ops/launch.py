@@ -19,6 +19,8 @@ from promptmux_kernels.triton_ops.configs import Config
 _ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _recorded: ContextVar[list[Launch] | None] = ContextVar("promptmux_kernels_launches", default=None)
 
+_counted: ContextVar[int | None] = ContextVar("promptmux_kernels_processors", default=None)
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -70,7 +72,21 @@ def by_heads(x: Tensor) -> Tensor:
     return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
 
 
-@lru_cache(maxsize=8)
 def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; 1 where kernels are interpreted."""
+    return _counted.get() or _processors(device)
+
+
+@contextmanager
+def counting(count: int) -> Iterator[None]:
+    """Plan for a device of so many processors inside the block, whatever is here."""
+    token = _counted.set(count)
+    try:
+        yield
+    finally:
+        _counted.reset(token)
+
+
+@lru_cache(maxsize=8)
+def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

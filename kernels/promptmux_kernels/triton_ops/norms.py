@@ -1,4 +1,4 @@
-"""The two places where OFA's many LayerNorms pay to be fused: bytes moved decide, since each is a few FLOPs per element.
+"""The two places where OFA's many LayerNorms pay to be fused: bytes moved decide, with a few FLOPs per element.
 
     norm_add_norm   total = x + LN_inner(y), (total, LN_outer(total)): 4 passes over (T, d_model) instead of 7
     gelu_norm       LN(gelu(x)) over the feed-forward width: 2 passes over (T, ffn_dim) instead of 4

@@ -23,7 +23,7 @@ def empty(ROWS: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def fold(scores, value, out, top, total):
-    """Take one key tile in: scores (ROWS, KEYS) in base 2, -inf where masked; value (KEYS, LANES), zero where masked."""
+    """Take one key tile in: scores (ROWS, KEYS) in base 2, -inf where masked; value (KEYS, LANES), zero there."""
     new_top = tl.maximum(top, tl.max(scores, 1))
     safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen no key yet: -inf - -inf is NaN
     keep = tl.exp2(top - safe_top)

@@ -6,13 +6,13 @@ For row r with tokens Q, K, V (n, D) of a head h, prompt PK, PV (P, D) and bias 
     out = head_scale[h] * softmax(S) [PV; V]
     lse = log(sum(exp(S)))
 
-One program takes a tile of queries of one row and head: first the prompt's pages, without bias, then the row's own keys,
-with bias, in one running softmax; nothing is padded and nothing is merged afterwards. The bias is one table for all rows
-of a kind, so its lines come from L2 for all rows but the first; it reaches the scores in one of three ways:
+One program takes a tile of queries of one row and head: first the prompt's pages, without bias, then the row's own
+keys, with bias, in one running softmax; nothing is padded and nothing is merged afterwards. The bias is one table for
+all rows of a kind, so its lines come from L2 for all rows but the first; it reaches the scores in one of three ways:
 
     pointer     B[h, i, j] loaded by 16-byte vectors where its lines are aligned
     descriptor  the same through the copy engine of sm_90 and later: 6 registers, zero outside of the row's block
-    factors     query . key + relative[query_code + key_code]: a second product and a gather, for tables too many to keep
+    factors     query . key + relative[query_code + key_code]: a second product and a gather, where tables are too many
 
 Head dim 80 runs in 128 lanes, masked: splitting it into 64 + 16 would save 6 % of a whole OFA-huge prefill (114 of
 1160 GF are attention) for a second copy of every load and product.

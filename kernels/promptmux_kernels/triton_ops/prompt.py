@@ -1,4 +1,4 @@
-"""The prompt's share of an attention: pages of one request, read in place from the pool. Knows nothing of whose they are.
+"""The prompt's share of an attention: pages of one request, read in place. Knows nothing of whose they are.
 
 One page is one key tile, so a tile needs one scalar page number (a gather per column takes 6 registers more on sm_90).
 What lies behind the prompt's end in its last page is never loaded: it may belong to nobody and hold anything.
@@ -27,7 +27,7 @@ def fold_prompt(
     """Fold the `length` positions of a prompt into the state; `pages` points at the row's first page number."""
     lane = tl.arange(0, LANES)
     position = tl.arange(0, PAGE)
-    for page in range(0, tl.cdiv(length, PAGE)):
+    for page in range(tl.cdiv(length, PAGE)):
         base = tl.load(pages + page) * stride_page + head * stride_page_head
         real = position < length - page * PAGE
         k = tl.load(

@@ -67,7 +67,7 @@ def gpu_milliseconds(call: Call) -> float:
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end))
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 class _Record:

@@ -1,7 +1,7 @@
 """Compile, and where asked tune, every kernel variant that serving will need, before the first request is answered.
 
 A variant is what triton compiles anew for: a configuration, a bias path, split or whole, causal or not. Arguments that
-change from batch to batch are not specialised on, so the list below is complete; a test holds it against random batches.
+change from batch to batch are not specialised on, so the list is complete; a test holds it against random batches.
 """
 
 from __future__ import annotations
