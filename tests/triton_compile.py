@@ -1,4 +1,4 @@
-"""Run by `test_triton_compiled.py` in a process where kernels are compiled, not interpreted; prints one JSON document."""
+"""Run by `test_triton_compiled.py` in a process where kernels are not interpreted; prints one JSON document."""
 
 from __future__ import annotations
 

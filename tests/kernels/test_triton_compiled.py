@@ -1,4 +1,4 @@
-"""The kernels compile for devices that are not here, within their bars; the bars and the readers notice what they must."""
+"""The kernels compile for devices that are not here, within their bars; bars and readers notice what they must."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from promptmux_kernels.rows import BiasFactors, SharedBias
-from promptmux_kernels.triton_ops import plan
+from promptmux_kernels.triton_ops import launch, plan
 
 VECTOR_BYTES = 16
 """What one thread loads at once."""
@@ -84,7 +84,7 @@ def _line(table: Tensor | BiasFactors) -> tuple[int, ...]:
         assert all(tensor.is_contiguous() for tensor in tensors), "factors are laid out contiguously"
         assert table.query.dtype == table.key.dtype == table.relative.dtype, "factors are of one type"
         return (*(tensor.data_ptr() for tensor in tensors), table.query.shape[1], table.relative.shape[1])
-    assert table.stride(2) == 1, "a bias table's keys lie next to one another"
+    assert launch.lies_along_lines(table), "a bias table's keys lie next to one another"
     return table.data_ptr(), table.stride(0), table.stride(1)
 
 

@@ -1,7 +1,7 @@
 """Tile sizes of the kernels: what may be tried where, and what is used.
 
-The first candidate of a list is the default; the tuner may prefer another. All candidates of one list share the
-number of keys per tile, so that a row's bits depend neither on the batch around it nor on what a tuner liked better.
+The first candidate of a list is the default; the tuner may prefer another. All candidates for an op, head dim and type
+share the number of keys per tile, so that a row's keys are added up in one order, whatever the batch around it.
 Chosen by compiling (`docs/kernels-compiled.md`): no spills anywhere. Knows nothing of how a candidate is timed.
 """
 

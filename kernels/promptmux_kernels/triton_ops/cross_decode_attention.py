@@ -129,7 +129,7 @@ def cross_decode_attention(
     """`dispatch.cross_decode_attention` on a GPU."""
     assert memory.layout == "plain", "another form packed this memory"
     assert memory.key.stride() == memory.value.stride(), "K and V of a memory are laid out alike"
-    assert memory.key.stride()[1:] == (q.shape[2], 1)
+    assert launch.is_by_heads(memory.key)
     q = q.contiguous()
     out = torch.empty_like(q)
     (part,) = parts(bias, q.device)  # a batch's cross tables are dense and of one type

@@ -69,7 +69,16 @@ def lanes(x: Tensor) -> int:
 
 def by_heads(x: Tensor) -> Tensor:
     """(T, H, D) with heads and lanes contiguous; tokens may lie further apart, as in a fused projection."""
-    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
+    return x if is_by_heads(x) else x.contiguous()
+
+
+def is_by_heads(x: Tensor) -> bool:
+    return lies_along_lines(x) and (x.shape[1] == 1 or x.stride(1) == x.shape[2])
+
+
+def lies_along_lines(x: Tensor) -> bool:
+    """Whether elements of the last axis lie next to one another; of an axis of one, the stride means nothing."""
+    return x.shape[-1] == 1 or x.stride(-1) == 1
 
 
 def processors(device: torch.device) -> int:

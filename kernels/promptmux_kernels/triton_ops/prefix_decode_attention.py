@@ -97,10 +97,10 @@ def prefix_decode_attention(
     """`dispatch.prefix_decode_attention` on a GPU."""
     q = q.contiguous()
     assert cache_key.stride() == cache_value.stride(), "K and V of a cache are laid out alike"
-    assert cache_key.stride()[1:] == (q.shape[2], 1)
+    assert launch.is_by_heads(cache_key)
     assert history.dtype == torch.int64
-    assert history.stride(1) == 1
-    assert bias.stride(2) == 1
+    assert launch.lies_along_lines(history)
+    assert launch.lies_along_lines(bias)
     out = torch.empty_like(q)
     config = configs.choose("prefix_decode_attention", q, longest=max(history_lengths))
     tiles = plan.tiles(groups, tuple(range(len(groups))), config.rows, q.device)

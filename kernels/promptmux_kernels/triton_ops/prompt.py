@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from promptmux_kernels.rows import PAGE, PagedPrompts
-from promptmux_kernels.triton_ops import plan
+from promptmux_kernels.triton_ops import launch, plan
 from promptmux_kernels.triton_ops.online import fold
 
 
@@ -60,7 +60,7 @@ def arguments(prompts: PagedPrompts | None, rows: int, like: Tensor) -> dict[str
     assert key.stride() == value.stride(), "K and V of a pool are laid out alike"
     assert key.stride()[2:] == (key.shape[3], 1), "positions of a page lie next to one another"
     assert table.dtype == torch.int64
-    assert table.stride(1) == 1
+    assert launch.lies_along_lines(table)
     return {
         "page_key": key,
         "page_value": value,
