@@ -43,7 +43,7 @@ def test_without_a_gpu_the_floors_are_printed_and_the_reason_is_said() -> None:
 def test_the_table_is_for_people() -> None:
     result = CliRunner().invoke(app, ["bench", "kernels"])
     assert result.exit_code == 0
-    assert "prefix_decode" in result.stdout
+    assert "OFA-large" in result.stdout
 
 
 def test_compiling_writes_the_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

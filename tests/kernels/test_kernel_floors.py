@@ -45,12 +45,12 @@ def test_a_whole_prefill_has_the_known_floor(model: Model, gflop: float, floor_m
     [(BASE, 1, 209), (BASE, 8, 343), (BASE, 32, 800), (LARGE, 1, 525), (LARGE, 8, 881), (LARGE, 32, 2100)],
 )
 def test_a_steps_bytes_are_those_of_the_design(model: Model, batch: int, megabytes: float) -> None:
-    """The design leaves norms and cache writes out: they are under 2 % of a step."""
+    """The design leaves norms and cache writes out: they are under 4 % of a step."""
     costs = roofline.decode_step(model, LOAD, batch)
     small = [cost for cost in costs if "norm" in cost.op or cost.op == "write_cache"]
     total, extra = (sum(cost.bytes for cost in group) / 1e6 for group in (costs, small))
     assert total - extra == pytest.approx(megabytes, rel=0.003)
-    assert extra < 0.02 * total
+    assert extra < 0.04 * total
 
 
 def test_beams_share_what_they_share() -> None:

@@ -7,8 +7,18 @@ import torch
 import triton
 import triton.language as tl
 
-from promptmux_kernels import Rows, gelu_norm, norm_add_norm, reference, use_form, write_cache
+from promptmux_kernels import (
+    Rows,
+    SharedBias,
+    gelu_norm,
+    norm_add_norm,
+    pack_bias,
+    reference,
+    use_form,
+    write_cache,
+)
 from promptmux_kernels.triton_ops import online, plan
+from promptmux_kernels.triton_ops.bias import parts
 from promptmux_kernels.triton_ops.paging import gather_slots
 from triton_cases import DEVICE, DTYPES, Random, assert_near, in_float64, in_triton
 
@@ -109,6 +119,18 @@ def test_a_kernel_that_masks_scores_alone_leaks(zero_values: bool) -> None:
         one_tile[(1,)](scores, value, seen, out, ZERO_VALUES=zero_values)
         outputs.append(out)
     assert torch.equal(*outputs) == zero_values
+
+
+@pytest.mark.parametrize(("dtype", "step"), [(torch.float32, 4), (torch.float16, 8)], ids=["float32", "float16"])
+def test_a_packed_bias_has_aligned_lines_and_the_same_values(dtype: torch.dtype, step: int) -> None:
+    """Lines of 13 keys start wherever; packed, a copy engine and vector loads can read them."""
+    table = Random(8, torch.float32).normal(2, 5, 13)
+    packed = in_triton(pack_bias, table, dtype=dtype)
+    assert packed.dtype == dtype
+    assert torch.equal(packed, table.to(dtype))
+    aligned = [parts(SharedBias((t,), (0,)), table.device)[0].aligned for t in (table, packed)]
+    assert aligned == [False, True]
+    assert packed.stride()[:2] == (5 * -(-13 // step) * step, -(-13 // step) * step)
 
 
 def test_tiles_cover_every_query_once_blocks_outermost() -> None:

@@ -90,8 +90,8 @@ def document(entries: Iterable[Entry]) -> str:
     lines = [
         "# Compiled kernels",
         "",
-        f"Written by `promptmux bench kernels --compile`, triton {triton.__version__}; no GPU is needed. Each line",
-        "is a kernel in the default configuration of its target (query rows x keys, warps, pipeline stages; TMA: bias by",
+        f"Written by `promptmux bench kernels --compile` (triton {triton.__version__}; no GPU is needed). A line is",
+        "a kernel in the default configuration of its target (query rows x keys, warps, pipeline stages; TMA: bias by",
         "tensor descriptor). Spills count LDL and STL instructions or spilled registers; shared memory is per block;",
         "blocks are how many one processor holds at once, by registers, warps and shared memory.",
         "",

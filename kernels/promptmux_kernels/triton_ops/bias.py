@@ -19,6 +19,9 @@ from promptmux_kernels.triton_ops import launch, plan
 VECTOR_BYTES = 16
 """What one thread loads at once."""
 
+FIELDS = {"dense": 3, "factors": 7}
+"""Numbers per line, as the kernels count them."""
+
 
 @dataclass(frozen=True)
 class BiasPart:
@@ -55,11 +58,9 @@ def parts(bias: SharedBias, device: torch.device) -> list[BiasPart]:
     kinds = [_kind(table) for table in bias.tables]
     found = []
     for kind in sorted({kinds[table] for table in bias.table_of_row}, key=str):
+        blank = (0,) * FIELDS[kind[0]]
         own = [kinds[table] == kind for table in bias.table_of_row]
-        width = max(len(lines[table]) for table, mine in zip(bias.table_of_row, own, strict=True) if mine)
-        per_row = tuple(
-            lines[table] if mine else (0,) * width for table, mine in zip(bias.table_of_row, own, strict=True)
-        )
+        per_row = tuple(lines[t] if mine else blank for t, mine in zip(bias.table_of_row, own, strict=True))
         found.append(
             BiasPart(
                 kind=kind[0],
