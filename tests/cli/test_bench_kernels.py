@@ -47,7 +47,7 @@ def test_the_table_is_for_people() -> None:
 
 
 def test_compiling_writes_the_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bars, "compile_all", lambda: [entry(spills=0)])
+    monkeypatch.setattr(bars, "compile_all", lambda targets: [entry(spills=0)])
     target = tmp_path / "compiled.md"
     result = CliRunner().invoke(app, ["bench", "kernels", "--compile", "--document", str(target)])
     assert result.exit_code == 0
@@ -55,7 +55,13 @@ def test_compiling_writes_the_document(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_missed_bar_ends_with_status_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bars, "compile_all", lambda: [entry(spills=3)])
+    monkeypatch.setattr(bars, "compile_all", lambda targets: [entry(spills=3)])
     result = CliRunner().invoke(app, ["bench", "kernels", "--compile", "--document", str(tmp_path / "compiled.md")])
     assert result.exit_code == 1
     assert "spills: 3" in result.stderr
+
+
+def test_a_target_that_nobody_knows_is_refused() -> None:
+    result = CliRunner().invoke(app, ["bench", "kernels", "--compile", "--target", "sm_1"])
+    assert result.exit_code == 1
+    assert "choose from sm_80, sm_90, sm_100, gfx942" in result.stderr

@@ -21,6 +21,7 @@ def register(app: typer.Typer) -> None:
 
 def kernels(
     compile_: Annotated[bool, typer.Option("--compile", help="Compile for every target; needs no GPU.")] = False,
+    target: Annotated[list[str] | None, typer.Option(help="Only this target; may be repeated.")] = None,
     document: Annotated[Path, typer.Option(help="Where --compile writes.")] = Path("docs/kernels-compiled.md"),
     as_json: JsonOption = False,
 ) -> None:
@@ -33,15 +34,18 @@ def kernels(
     if find_spec("triton") is None:
         fail("triton is not installed: pip install 'promptmux-server[gpu]'")
     if compile_:
-        _compile(document, as_json)
+        _compile(target, document, as_json)
     else:
         _time(as_json)
 
 
-def _compile(document: Path, as_json: bool) -> None:
+def _compile(targets: list[str] | None, document: Path, as_json: bool) -> None:
     from promptmux_kernels.bench import bars
+    from promptmux_kernels.bench.compiled import TARGETS
 
-    entries = list(bars.compile_all())
+    if unknown := set(targets or ()) - TARGETS.keys():
+        fail(f"unknown target {', '.join(sorted(unknown))}: choose from {', '.join(TARGETS)}")
+    entries = list(bars.compile_all(targets or tuple(TARGETS)))
     document.write_text(bars.document(entries), encoding="utf-8")
     faults = [f"{e.where} {e.case.name} {e.head_dim} {e.element}: {fault}" for e in entries for fault in bars.faults(e)]
     if as_json:
