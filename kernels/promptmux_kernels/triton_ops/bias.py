@@ -83,6 +83,7 @@ def _line(table: Tensor | BiasFactors) -> tuple[int, ...]:
     if isinstance(table, BiasFactors):
         tensors = (table.query, table.key, table.query_code, table.key_code, table.relative)
         assert all(tensor.is_contiguous() for tensor in tensors), "factors are laid out contiguously"
+        assert all(tensor.data_ptr() % VECTOR_BYTES == 0 for tensor in tensors), "factors are read by whole vectors"
         assert table.query.dtype == table.key.dtype == table.relative.dtype, "factors are of one type"
         return (*(tensor.data_ptr() for tensor in tensors), table.query.shape[1], table.relative.shape[1])
     assert launch.lies_along_lines(table), "a bias table's keys lie next to one another"

@@ -70,6 +70,7 @@ def _self_attention(
     packed = dense if causal else ops.pack_bias(dense, widths.dtype)  # only the encoder's tables are large
     table = bias_factors(widths, size) if factors else packed
     bias = SharedBias((table,), (0,) * len(rows))
+    head_scale = widths.head_scale
     return lambda: ops.prefix_attention(
         q,
         k,
@@ -78,7 +79,7 @@ def _self_attention(
         prompts=pool,
         bias=bias,
         scale=widths.scale,
-        head_scale=widths.head_scale,
+        head_scale=head_scale,
         causal=causal,
     )
 
@@ -91,6 +92,7 @@ def decode_step(widths: Widths, groups: int, beams: int, step: int, prompts: Seq
     pool = prompt_pool(widths, prompts)
     size = _rounded(step)
     bias = widths.random(widths.heads, size, size, dtype=torch.float32)
+    head_scale = widths.head_scale
     return lambda: ops.prefix_decode_attention(
         q,
         groups=rows,
@@ -101,7 +103,7 @@ def decode_step(widths: Widths, groups: int, beams: int, step: int, prompts: Seq
         history_lengths=(step,) * groups,
         bias=bias,
         scale=widths.scale,
-        head_scale=widths.head_scale,
+        head_scale=head_scale,
     )
 
 
@@ -121,6 +123,7 @@ def _cross(widths: Widths, lengths: Sequence[int], queries: int, first: int, *, 
     positions = _rounded(first + queries)
     table = widths.random(widths.heads, positions, _rounded(max(lengths)), dtype=torch.float32)
     bias = SharedBias((table,), (0,) * len(groups))
+    head_scale = widths.head_scale
     return lambda: ops.cross_decode_attention(
         q,
         groups=groups,
@@ -129,7 +132,7 @@ def _cross(widths: Widths, lengths: Sequence[int], queries: int, first: int, *, 
         first_positions=(first,) * len(groups),
         consecutive=consecutive,
         scale=widths.scale,
-        head_scale=widths.head_scale,
+        head_scale=head_scale,
     )
 
 
