@@ -149,4 +149,9 @@ _WIDE: dict[str, dict[str, tuple[Config, ...]]] = _NARROW | {
         "others": (Config(64, 32, 4, 2),),
     },
     "prefix_attention_factors": {"others": (Config(64, 32, 4, 2),)},
+    "cross_decode_attention": {
+        "others": (Config(16, 64, 4, 2), Config(16, 64, 4, 3)),
+        "gfx942": (Config(16, 64, 4, 4),),
+    },
 }
+"""Heads of 80 take 128 lanes: three stages of them leave an sm_80 room for one block."""
