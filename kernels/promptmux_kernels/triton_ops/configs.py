@@ -122,14 +122,17 @@ _EXACT = {
 }
 """float32 runs on the plain units, to be exact: tiles are small so that nothing spills."""
 
-_DECODE = {"others": (Config(16, 32, 4, 2), Config(16, 32, 2, 2)), "gfx942": (Config(16, 32, 4, 2),)}
-_CROSS = {
+_Lists = dict[str, tuple[Config, ...]]
+"""Candidates by target, `others` for those not named."""
+
+_DECODE: _Lists = {"others": (Config(16, 32, 4, 2), Config(16, 32, 2, 2)), "gfx942": (Config(16, 32, 4, 2),)}
+_CROSS: _Lists = {
     "others": (Config(16, 64, 4, 3), Config(16, 64, 4, 4), Config(16, 64, 2, 3)),
     "gfx942": (Config(16, 64, 4, 4),),
 }
-_CROSS_PREFILL = {"others": (Config(32, 64, 4, 2), Config(64, 64, 4, 2))}
+_CROSS_PREFILL: _Lists = {"others": (Config(32, 64, 4, 2), Config(64, 64, 4, 2))}
 
-_NARROW: dict[str, dict[str, tuple[Config, ...]]] = {
+_NARROW: dict[str, _Lists] = {
     "prefix_attention": {
         "sm_80": (Config(64, 64, 4, 2), Config(128, 64, 8, 2)),
         "sm_90": (Config(128, 64, 8, 2, True), Config(64, 64, 4, 2, True), Config(64, 64, 4, 2)),
@@ -141,7 +144,7 @@ _NARROW: dict[str, dict[str, tuple[Config, ...]]] = {
     "cross_decode_attention": _CROSS,
     "cross_prefill_attention": _CROSS_PREFILL,
 }
-_WIDE: dict[str, dict[str, tuple[Config, ...]]] = _NARROW | {
+_WIDE: dict[str, _Lists] = _NARROW | {
     "prefix_attention": {
         "sm_80": (Config(64, 64, 4, 2),),
         "sm_90": (Config(64, 64, 4, 2, True), Config(128, 64, 8, 2, True)),

@@ -98,4 +98,7 @@ def counting(count: int) -> Iterator[None]:
 
 @lru_cache(maxsize=8)
 def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    if device.type != "cuda":
+        return 1
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
