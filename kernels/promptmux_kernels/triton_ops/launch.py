@@ -64,7 +64,8 @@ def element(dtype: torch.dtype) -> tl.dtype:
 
 def lanes(x: Tensor) -> int:
     """Head dim padded to what a tile may have: a power of two, at least 16."""
-    return max(16, triton.next_power_of_2(x.shape[-1]))
+    padded: int = triton.next_power_of_2(x.shape[-1])
+    return max(16, padded)
 
 
 def by_heads(x: Tensor) -> Tensor:
