@@ -11,13 +11,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from promptmux_kernels.reference import gather_slots, gelu_norm, norm_add_norm, pack_memory, write_cache
+from promptmux_kernels.reference import gather_slots, gelu_norm, norm_add_norm, pack_bias, pack_memory, write_cache
 from promptmux_kernels.rows import CrossMemory, PagedPrompts, Rows, SharedBias
 
 __all__ = [
     "cross_decode_attention",
     "gelu_norm",
     "norm_add_norm",
+    "pack_bias",
     "pack_memory",
     "prefix_attention",
     "prefix_decode_attention",

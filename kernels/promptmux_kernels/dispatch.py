@@ -1,6 +1,7 @@
 """The one door to the ops: their contract, and which form answers a call.
 
-The form follows the tensors' device at each call (never at import) and can be overridden for tests by `use_form`.
+The form follows the tensors' device at each call (never at import) and can be overridden for tests by `use_form`. On a
+GPU that is the Triton form, where triton is installed and nothing asks for a gradient: its kernels have no backward.
 Each docstring below is the op's formula; `reference` is that formula in code.
 """
 
@@ -9,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Literal
 
@@ -16,11 +20,12 @@ import torch
 from torch import Tensor
 
 from promptmux_kernels import batched, reference
-from promptmux_kernels.rows import Affine, CrossMemory, PagedPrompts, Rows, SharedBias
+from promptmux_kernels.rows import Affine, BiasFactors, CrossMemory, PagedPrompts, Rows, SharedBias
 
-Form = Literal["reference", "batched"]
+Form = Literal["reference", "batched", "triton"]
 
 _FORMS: dict[Form, ModuleType] = {"reference": reference, "batched": batched}
+_LAZY_FORMS: dict[Form, str] = {"triton": "promptmux_kernels.triton_ops"}
 _override: ContextVar[Form | None] = ContextVar("promptmux_kernels_form", default=None)
 
 
@@ -34,8 +39,34 @@ def use_form(form: Form) -> Iterator[None]:
         _override.reset(token)
 
 
-def _form(device: torch.device) -> ModuleType:
-    return _FORMS[_override.get() or "batched"]
+def _form(*inputs: Tensor) -> ModuleType:
+    form = _override.get() or _fastest(inputs)
+    if form in _LAZY_FORMS and form not in _FORMS:
+        _FORMS[form] = import_module(_LAZY_FORMS[form])
+    return _FORMS[form]
+
+
+def _fastest(inputs: tuple[Tensor, ...]) -> Form:
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    return "triton" if inputs[0].is_cuda and not trained and _has_triton() else "batched"
+
+
+def _pool(prompts: PagedPrompts | None) -> tuple[Tensor, ...]:
+    return () if prompts is None else (prompts.key, prompts.value)
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _values(tables: tuple[Tensor | BiasFactors, ...]) -> tuple[Tensor, ...]:
+    """What a gradient could flow to."""
+    return tuple(
+        part
+        for table in tables
+        for part in ((table.query, table.key, table.relative) if isinstance(table, BiasFactors) else (table,))
+    )
 
 
 def prefix_attention(
@@ -61,7 +92,7 @@ def prefix_attention(
     Prompt keys carry no bias and are visible to every query; `causal` hides later own keys only.
     q, k, v are (T, H, D) of one dtype; out is (T, H, D) of that dtype, lse (T, H) float32; softmax runs in float32.
     """
-    out: tuple[Tensor, Tensor] = _form(q.device).prefix_attention(
+    out: tuple[Tensor, Tensor] = _form(q, k, v, *_pool(prompts), *_values(bias.tables), head_scale).prefix_attention(
         q, k, v, rows=rows, prompts=prompts, bias=bias, scale=scale, head_scale=head_scale, causal=causal
     )
     return out
@@ -91,7 +122,7 @@ def prefix_decode_attention(
 
     q is (R, H, D), cache_* (slots, H, D), history (R, T_max) int64, bias (H, T, T); `prompts` has one row per group.
     """
-    out: Tensor = _form(q.device).prefix_decode_attention(
+    out: Tensor = _form(q, *_pool(prompts), cache_key, cache_value, bias, head_scale).prefix_decode_attention(
         q,
         groups=groups,
         prompts=prompts,
@@ -125,7 +156,7 @@ def cross_decode_attention(
     first_positions[g] (a step, where all beams stand at one position). Prompts never enter (ofa-spec 4.3).
     q is (R, H, D), bias tables (H, positions, n_k).
     """
-    out: Tensor = _form(q.device).cross_decode_attention(
+    out: Tensor = _form(q, memory.key, memory.value, *_values(bias.tables), head_scale).cross_decode_attention(
         q,
         groups=groups,
         memory=memory,
@@ -140,13 +171,22 @@ def cross_decode_attention(
 
 def pack_memory(key: Tensor, value: Tensor, rows: Rows) -> CrossMemory:
     """Lay cross-attention keys and values (T, H, D) out as this device reads them fastest; done once per request."""
-    out: CrossMemory = _form(key.device).pack_memory(key, value, rows)
+    out: CrossMemory = _form(key, value).pack_memory(key, value, rows)
+    return out
+
+
+def pack_bias(table: Tensor, dtype: torch.dtype) -> Tensor:
+    """Lay a bias table (H, Q, K) out as this device reads it fastest beside heads of `dtype`; done once per image grid.
+
+    The result is float32 or float16 and holds the same values, to float16's precision.
+    """
+    out: Tensor = _form(table).pack_bias(table, dtype)
     return out
 
 
 def write_cache(cache_key: Tensor, cache_value: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
     """cache_key[slots] = key, cache_value[slots] = value; slots (T,) int64 are distinct, key and value (T, H, D)."""
-    _form(key.device).write_cache(cache_key, cache_value, slots, key, value)
+    _form(key, value).write_cache(cache_key, cache_value, slots, key, value)
 
 
 def norm_add_norm(x: Tensor, y: Tensor, inner: Affine, outer: Affine, eps: float) -> tuple[Tensor, Tensor]:
@@ -154,11 +194,11 @@ def norm_add_norm(x: Tensor, y: Tensor, inner: Affine, outer: Affine, eps: float
 
     x and y are (T, d_model); LayerNorm in float32.
     """
-    out: tuple[Tensor, Tensor] = _form(x.device).norm_add_norm(x, y, inner, outer, eps)
+    out: tuple[Tensor, Tensor] = _form(x, y, *inner, *outer).norm_add_norm(x, y, inner, outer, eps)
     return out
 
 
 def gelu_norm(x: Tensor, affine: Affine, eps: float) -> Tensor:
     """LN(gelu(x)) over the feed-forward width (ofa-spec 2.5), exact (erf) GELU in float32; x is (T, ffn_dim)."""
-    out: Tensor = _form(x.device).gelu_norm(x, affine, eps)
+    out: Tensor = _form(x, *affine).gelu_norm(x, affine, eps)
     return out

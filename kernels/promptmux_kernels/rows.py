@@ -68,11 +68,13 @@ class BiasFactors:
     relative: Tensor
 
     def dense(self) -> Tensor:
-        """The table (H, n, n) in float32."""
+        """The table (H, n, n) in float32, in float64 where the factors are."""
+        query, key, table = (
+            x if x.dtype == torch.float64 else x.float() for x in (self.query, self.key, self.relative)
+        )
         code = self.query_code[:, None] + self.key_code[None, :]
         known = (code >= 0) & (code < self.relative.shape[1])
-        relative = self.relative.float()[:, code.where(known, 0).long()] * known
-        return self.query.float() @ self.key.float().transpose(1, 2) + relative
+        return query @ key.transpose(1, 2) + table[:, code.where(known, 0).long()] * known
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promptmux_kernels import PagedPrompts, PromptBatch, Rows, SharedBias, prefix_attention
+from promptmux_kernels import PagedPrompts, PromptBatch, Rows, SharedBias, pack_bias, prefix_attention
 from promptmux_server.backbone.config import BackboneConfig
 from promptmux_server.backbone.layers import EncoderLayer, drop_path_rates
 from promptmux_server.backbone.positions import (
@@ -190,7 +190,7 @@ class Encoder(nn.Module):
             relative = torch.zeros_like(absolute)
             relative[:, images:, images:] = text_table(text_index).permute(2, 0, 1)
             relative[:, :images, :images] = image_table(image_index).permute(2, 0, 1)
-            biases.append(absolute + relative)
+            biases.append(pack_bias(absolute + relative, p.dtype))
         return tuple(biases)
 
 
