@@ -15,12 +15,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from promptmux_kernels import batched, reference
+from promptmux_kernels import batched, cpu, reference
 from promptmux_kernels.rows import Affine, CrossMemory, PagedPrompts, Rows, SharedBias
 
-Form = Literal["reference", "batched"]
+Form = Literal["reference", "batched", "cpu"]
 
-_FORMS: dict[Form, ModuleType] = {"reference": reference, "batched": batched}
+_FORMS: dict[Form, ModuleType] = {"reference": reference, "batched": batched, "cpu": cpu}
 _override: ContextVar[Form | None] = ContextVar("promptmux_kernels_form", default=None)
 
 
@@ -35,7 +35,7 @@ def use_form(form: Form) -> Iterator[None]:
 
 
 def _form(device: torch.device) -> ModuleType:
-    return _FORMS[_override.get() or "batched"]
+    return _FORMS[_override.get() or ("cpu" if device.type == "cpu" else "batched")]
 
 
 def prefix_attention(
