@@ -240,7 +240,9 @@ def _tables(bias: SharedBias) -> list[Tensor]:
     return [table if half else table.float() for table in dense]
 
 
-def _prompt_arguments(prompts: PagedPrompts | None, rows: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+def _prompt_arguments(
+    prompts: PagedPrompts | None, rows: int, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor, list[int]]:
     """Pool, page table and lengths as the library takes them; without prompts an empty pool and lengths of zero."""
     if prompts is None:
         pool = like.new_empty(0, like.shape[1], PAGE, like.shape[2])

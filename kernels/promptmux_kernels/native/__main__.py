@@ -13,8 +13,8 @@ from promptmux_kernels.native.build import FLAGS, SOURCES, BuildError, build, ca
 def main(arguments: list[str]) -> int:
     try:
         if arguments == ["--ship"]:
-            for level in FLAGS:
-                print(build(level, SOURCES / "built"))
+            for name in FLAGS:
+                print(build(name, SOURCES / "built"))
         elif level := capability():
             print(find_or_build(level))
         else:
