@@ -27,7 +27,7 @@ from promptmux_kernels import (
 )
 from promptmux_server.backbone.cache import DecodeCache
 from promptmux_server.backbone.config import BackboneConfig
-from promptmux_server.backbone.encoder import GRIDS_CACHED, Encoder, EncoderOutput, position_scores
+from promptmux_server.backbone.encoder import GRIDS_CACHED, Encoder, EncoderOutput, position_scores, stored
 from promptmux_server.backbone.layers import DecoderLayer, drop_path_rates
 from promptmux_server.backbone.positions import BiasCache, Grid, text_capacity, token_buckets
 
@@ -233,7 +233,10 @@ class Decoder(nn.Module):
         if self.cross_pos_q_linear.weight.requires_grad:
             return self._build_cross_table(grid, length, text_length, encoder)
         key = (grid, length, text_length)
-        return self._cross_biases.get(key, lambda: self._build_cross_table(grid, length, text_length, encoder))
+        dtype = self.cross_pos_q_linear.weight.dtype
+        return self._cross_biases.get(
+            key, lambda: stored(self._build_cross_table(grid, length, text_length, encoder), dtype)
+        )
 
     def _build_cross_table(self, grid: Grid, length: int, text_length: int, encoder: Encoder) -> Tensor:
         u = self.pos_ln(self.embed_positions.weight[:length])

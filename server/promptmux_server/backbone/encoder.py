@@ -172,7 +172,10 @@ class Encoder(nn.Module):
         """Per layer, the bias (H, N + text_length, N + text_length) that every row of this grid shares."""
         if any(p.requires_grad for p in self.pos_q_linear.parameters()):
             return self._build_biases(grid, text_length)
-        return self._biases.get((grid, text_length), lambda: self._build_biases(grid, text_length))
+        dtype = self.pos_q_linear.weight.dtype
+        return self._biases.get(
+            (grid, text_length), lambda: tuple(stored(t, dtype) for t in self._build_biases(grid, text_length))
+        )
 
     def _build_biases(self, grid: Grid, text_length: int) -> tuple[Tensor, ...]:
         config = self.config
@@ -192,9 +195,18 @@ class Encoder(nn.Module):
 
 
 def position_scores(queries: Tensor, keys: Tensor, heads: int, scale: float) -> Tensor:
-    """Scores of projected positions, (n, d_model) x (m, d_model) -> (H, n, m) float32."""
-    q, k = (x.view(x.shape[0], heads, -1).transpose(0, 1) for x in (queries * scale, keys))
-    return (q @ k.transpose(1, 2)).float()
+    """Scores of projected positions, (n, d_model) x (m, d_model) -> (H, n, m), computed in float32."""
+    q, k = (x.float().view(x.shape[0], heads, -1).transpose(0, 1) for x in (queries, keys))
+    return (q * scale) @ k.transpose(1, 2)
+
+
+def stored(table: Tensor, model: torch.dtype) -> Tensor:
+    """A finished bias table as a frozen model keeps it: in float16 beside 16-bit weights.
+
+    Relative error of a bfloat16 layer's attention: 2.25e-3 with float16 tables, 3.55e-3 with bfloat16, 2.22e-3 with
+    float32, which take twice the memory.
+    """
+    return table if model == torch.float32 else table.half()
 
 
 def _image_then_text(row: EncoderRow, text: Tensor) -> list[Tensor]:

@@ -50,7 +50,7 @@ def build_engine(settings: Settings) -> tuple[Engine, str]:
     if tokenizer.first_bin_id != config.first_bin_id:
         raise BackboneFileError("The tokenizer's vocabulary is not the size that the backbone's configuration says.")
     engine = Engine(
-        assemble(backbone, dtype=dtype, device=device),
+        assemble(backbone, dtype=dtype, device=device, packed=device == "cpu"),
         tokenizer,
         backbone.fingerprint,
         prompt_directory(settings),
