@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from promptmux_server.cli import ask, converting, serving
+from promptmux_server.cli import ask, bench, converting, serving
 
 app = typer.Typer(
     name="promptmux",
@@ -16,3 +16,4 @@ app = typer.Typer(
 serving.register(app)
 ask.register(app)
 converting.register(app)
+bench.register(app)
