@@ -33,10 +33,11 @@ def test_a_packed_model_answers_as_the_plain_one() -> None:
     torch.testing.assert_close(packed, answers(tiny.model()), atol=5e-6, rtol=1e-6)
 
 
-def test_a_packed_model_keeps_no_plain_projection() -> None:
+def test_every_projection_of_a_layer_is_packed() -> None:
     model = assemble(tiny.backbone(), dtype=torch.float32, packed=True)
-    kept = [name for name, _ in model.named_parameters() if "_proj." in name or ".fc" in name]
-    assert kept == ["encoder.image_proj.weight", "encoder.image_proj.bias"]
+    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert linears
+    assert not [name for name in linears if ".layers." in name]
 
 
 @pytest.mark.parametrize("rows", [1, 5, 33])
@@ -45,9 +46,10 @@ def test_a_packed_product_equals_the_plain_one(rows: int, use: linear.Use) -> No
     weight, bias, x, residual = normal(48, 64, seed=1), normal(48, seed=2), normal(rows, 64, seed=3), normal(48, seed=4)
     packed = PackedLinear(weight, bias, use)
     expected = torch.nn.functional.linear(x.double(), weight.double(), bias.double()).float()
-    torch.testing.assert_close(packed(x), expected, atol=1e-5, rtol=0)
+    # Sums of 64 products reach 30: a few float32 roundings of that.
+    torch.testing.assert_close(packed(x), expected, atol=4e-5, rtol=0)
     summed = packed.add_to(residual.expand(rows, -1).contiguous(), x)
-    torch.testing.assert_close(summed, expected + residual, atol=1e-5, rtol=0)
+    torch.testing.assert_close(summed, expected + residual, atol=4e-5, rtol=0)
 
 
 def test_without_onednn_plain_products_serve(monkeypatch: pytest.MonkeyPatch) -> None:

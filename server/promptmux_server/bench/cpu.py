@@ -113,7 +113,7 @@ class CpuBench:
             yield self._step(batch)
         yield self._captions(tuned, shipped)
 
-    # -- ops --------------------------------------------------------------------------------------------------------
+    # -- ops ------------------------------------------------------------------------------------------------------
 
     def _attention(self, tuned: Released, shipped: Released | None) -> Row:
         q, k, v, bias = self._attention_inputs()
@@ -155,7 +155,7 @@ class CpuBench:
                 plain = self._time(call)
             yield Row(name, ours.seconds * 1e3, ours.clean, ratio_tuned=plain.seconds / ours.seconds)
 
-    # -- stages of a request ---------------------------------------------------------------------------------------------
+    # -- stages of a request --------------------------------------------------------------------------------------
 
     def _stem(self) -> Row:
         timing = self._time(lambda: self._models.packed.image_tokens(self._pixels), samples=3)
@@ -227,7 +227,7 @@ class CpuBench:
         row = Row("caption request, 16 steps, per request", timing.seconds * 1e3 / self._batch, timing.clean)
         return self._compared(row, tuned.captions, shipped and shipped.captions, least=3.5, per=self._batch)
 
-    # -- the released form ---------------------------------------------------------------------------------------------
+    # -- the released form ----------------------------------------------------------------------------------------
 
     def _released_form(self) -> ReleasedForm:
         kinds = sorted(set(self._lengths))
@@ -248,7 +248,7 @@ class CpuBench:
 
         return answer
 
-    # -- lines -----------------------------------------------------------------------------------------------------------
+    # -- lines ----------------------------------------------------------------------------------------------------
 
     def _attention_inputs(self) -> tuple[Tensor, Tensor, Tensor, SharedBias]:
         generator = torch.Generator().manual_seed(3)
