@@ -137,7 +137,7 @@ class CpuBench:
         error = (attend().float() - expected).abs().max()
         flops = w.attention_flops(self.config, self._row_lengths, self._lengths)
         row = self._row("attention, one encoder layer", timing, flops, error=float(error))
-        return self._compared(row, tuned.attention, shipped and shipped.attention, least=5.0, least_shipped=12.0)
+        return self._compared(row, tuned.attention, shipped.attention if shipped else None, least=5.0, least_shipped=12.0)
 
     def _elementwise(self) -> Iterator[Row]:
         d, tokens = self.config.d_model, sum(self._row_lengths)
@@ -170,7 +170,7 @@ class CpuBench:
         error = (self._encoded.states.float() - expected).abs().max() / expected.abs().max()
         flops = w.encoder_flops(self.config, self._row_lengths, self._lengths)
         row = self._row("encoder without stem", timing, flops, error=float(error))
-        row = self._compared(row, tuned.encoder, shipped and shipped.encoder)
+        row = self._compared(row, tuned.encoder, shipped.encoder if shipped else None)
         if self.dtype == torch.float32:
             return replace(row, target=">= 1.6x released", met=(row.ratio_tuned or 0.0) >= 1.6)
         return replace(row, target=">= 0.70 G", met=(row.share_of_gemm or 0.0) >= 0.70)
@@ -225,7 +225,7 @@ class CpuBench:
 
         timing = self._time(answer, samples=2)
         row = Row("caption request, 16 steps, per request", timing.seconds * 1e3 / self._batch, timing.clean)
-        return self._compared(row, tuned.captions, shipped and shipped.captions, least=3.5, per=self._batch)
+        return self._compared(row, tuned.captions, shipped.captions if shipped else None, least=3.5, per=self._batch)
 
     # -- the released form ----------------------------------------------------------------------------------------
 

@@ -117,7 +117,8 @@ class ReleasedForm:
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, n, d_model) -> (B, H, n, D)."""
-        return x.unflatten(2, (self._config.heads, -1)).transpose(1, 2)
+        heads: Tensor = x.unflatten(2, (self._config.heads, -1)).transpose(1, 2)
+        return heads
 
 
 class ReleasedDecoder:
