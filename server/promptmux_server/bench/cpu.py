@@ -137,7 +137,9 @@ class CpuBench:
         error = (attend().float() - expected).abs().max()
         flops = w.attention_flops(self.config, self._row_lengths, self._lengths)
         row = self._row("attention, one encoder layer", timing, flops, error=float(error))
-        return self._compared(row, tuned.attention, shipped.attention if shipped else None, least=5.0, least_shipped=12.0)
+        return self._compared(
+            row, tuned.attention, shipped.attention if shipped else None, least=5.0, least_shipped=12.0
+        )
 
     def _elementwise(self) -> Iterator[Row]:
         d, tokens = self.config.d_model, sum(self._row_lengths)
