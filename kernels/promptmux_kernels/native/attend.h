@@ -12,7 +12,7 @@
 
 namespace promptmux {
 
-constexpr int64_t QUERIES = 64;  // queries per block; 32 to 128 differ by less than 5 %
+constexpr int64_t QUERIES = 64;  // queries per block; 32 to 128 differ by less than 10 %
 
 // Keys that a block of queries sees, and their bias. Query i of the block reads bias row i * bias_pitch: a pitch of 0
 // gives all queries (beams at one position) the same row.
@@ -35,7 +35,7 @@ struct Span {
 template <typename T, typename B>
 using Spans = std::array<Span<T, B>, 2>;
 
-// Memory that a thread keeps between calls: fresh pages cost a fault each, 15 % of a whole attention as shipped.
+// Memory that a thread keeps between calls: fresh pages would cost a fault each.
 template <typename E>
 class Buffer {
  public:

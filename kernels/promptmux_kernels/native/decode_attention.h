@@ -17,7 +17,7 @@ struct DecodeGroup {
   int64_t prompt, steps;  // prompt length; own tokens, the new one included
 };
 
-// scale * q . k; q is float32.
+// q . k, where q is float32 and scaled already.
 template <typename T>
 float score(const float* q, const T* key, int64_t dim) {
   Vec total = splat(0.f);

@@ -22,7 +22,9 @@ struct PromptPages {
         table(pages.const_data_ptr<int64_t>()),
         columns(pages.size(1)),
         heads(pool_key.size(1)),
-        dim(pool_key.size(3)) {}
+        dim(pool_key.size(3)) {
+    TORCH_CHECK(pool_key.size(2) == PAGE && pool_value.sizes() == pool_key.sizes(), "pages must hold ", PAGE, " keys");
+  }
 
   // Where prompt position j of a row begins in either pool, for one head.
   int64_t offset(int64_t row, int64_t head, int64_t j) const {
