@@ -17,6 +17,8 @@ COPY kernels kernels
 COPY prompts prompts
 COPY server server
 RUN pip install -c constraints.txt --build-constraint constraints.txt ./clients/python .
+# The compiled CPU ops, for every instruction set: the image that runs has no compiler.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && python -m promptmux_kernels.native --ship
 
 FROM python:3.11-slim
 RUN groupadd --gid 10001 promptmux \
@@ -24,7 +26,8 @@ RUN groupadd --gid 10001 promptmux \
     && install --directory --owner=10001 --group=10001 /var/lib/promptmux
 COPY --from=build /opt/promptmux /opt/promptmux
 ENV PATH=/opt/promptmux/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
-    PROMPTMUX_STATE=/var/lib/promptmux
+    PROMPTMUX_STATE=/var/lib/promptmux \
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592:glibc.malloc.top_pad=268435456:glibc.malloc.arena_max=1
 USER 10001:10001
 WORKDIR /var/lib/promptmux
 VOLUME /var/lib/promptmux

@@ -8,7 +8,7 @@ install: .venv/installed
 .venv/installed: pyproject.toml clients/python/pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv && $(BIN)/python -m pip install -q -c constraints.txt pip torch
 	$(BIN)/python -m pip install -q -c constraints.txt --build-constraint constraints.txt -e clients/python -e '.[dev]'
-	touch $@
+	$(BIN)/python -m promptmux_kernels.native && touch $@
 
 format: install
 	$(BIN)/ruff check -q --fix . && $(BIN)/ruff format -q .

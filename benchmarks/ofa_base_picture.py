@@ -116,7 +116,7 @@ def main() -> None:
         write_transformers_directory(directory, config)
         started = time.monotonic()
         backbone = load_backbone(directory)
-        model = assemble(backbone, dtype=serving_dtype("cpu"))
+        model = assemble(backbone, dtype=serving_dtype("cpu"), packed=True)
         load_s = time.monotonic() - started
         prompts.mkdir()
         prompt = caption_prompt(config, backbone.fingerprint, arguments.prompt_length)

@@ -1,7 +1,7 @@
 """The one door to the ops: their contract, and which form answers a call.
 
-The form follows the tensors' device at each call (never at import) and can be overridden for tests by `use_form`. On a
-GPU that is the Triton form, where triton is installed and nothing asks for a gradient: its kernels have no backward.
+The form follows the tensors' device at each call (never at import) and can be overridden for tests by `use_form`: on a
+GPU the Triton form, where triton is installed; on a CPU the compiled form, which hands on what it cannot do.
 Each docstring below is the op's formula; `reference` is that formula in code.
 """
 
@@ -19,13 +19,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from promptmux_kernels import batched, reference
+from promptmux_kernels import batched, cpu, reference
 from promptmux_kernels.rows import Affine, BiasFactors, CrossMemory, PagedPrompts, Rows, SharedBias
 
-Form = Literal["reference", "batched", "triton"]
+Form = Literal["reference", "batched", "cpu", "triton"]
 
-_FORMS: dict[Form, ModuleType] = {"reference": reference, "batched": batched}
+_FORMS: dict[Form, ModuleType] = {"reference": reference, "batched": batched, "cpu": cpu}
 _LAZY_FORMS: dict[Form, str] = {"triton": "promptmux_kernels.triton_ops"}
+COMPILED: tuple[Form, ...] = ("cpu", "triton")
+"""Forms without a backward: where a gradient is asked for, `batched` answers in their place."""
 _override: ContextVar[Form | None] = ContextVar("promptmux_kernels_form", default=None)
 
 
@@ -40,15 +42,18 @@ def use_form(form: Form) -> Iterator[None]:
 
 
 def _form(*inputs: Tensor) -> ModuleType:
-    form = _override.get() or _fastest(inputs)
+    form = _override.get() or _fastest(inputs[0].device)
+    if form in COMPILED and torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        form = "batched"
     if form in _LAZY_FORMS and form not in _FORMS:
         _FORMS[form] = import_module(_LAZY_FORMS[form])
     return _FORMS[form]
 
 
-def _fastest(inputs: tuple[Tensor, ...]) -> Form:
-    trained = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    return "triton" if inputs[0].is_cuda and not trained and _has_triton() else "batched"
+def _fastest(device: torch.device) -> Form:
+    if device.type == "cuda":  # ROCm's devices are called so, too
+        return "triton" if _has_triton() else "batched"
+    return "cpu" if device.type == "cpu" else "batched"
 
 
 def _pool(prompts: PagedPrompts | None) -> tuple[Tensor, ...]:

@@ -48,7 +48,7 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
     threads: Count | None = None
-    """CPU threads of one operation; None = as many as the machine has."""
+    """CPU threads of one operation; None = the cores that affinity and container allow."""
 
     max_batch: Count = 32
     queue_size: Count = 256

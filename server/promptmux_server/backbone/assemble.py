@@ -5,18 +5,26 @@ from __future__ import annotations
 import torch
 
 from promptmux_server.backbone.model import OFA
+from promptmux_server.backbone.packed import pack
 from promptmux_server.backbone.vision import channels_last
 from promptmux_server.backbone.weights import LoadedBackbone, fold_batch_norm
 
 
-def assemble(loaded: LoadedBackbone, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> OFA:
-    """Fold batch normalisation, fill the modules, freeze and move; the loader has checked names and shapes."""
+def assemble(
+    loaded: LoadedBackbone, *, dtype: torch.dtype, device: torch.device | str = "cpu", packed: bool = False
+) -> OFA:
+    """Fold batch normalisation, fill the modules, freeze and move; the loader has checked names and shapes.
+
+    `packed` lays weights out for the CPU's products: for serving, where nothing is differentiated.
+    """
     with torch.device("meta"):
         model = OFA(loaded.config, folded=True)
     folded = fold_batch_norm(loaded.tensors)
     model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in folded.items()}, assign=True)
     model.eval().requires_grad_(False)
     channels_last(model.encoder.embed_images)
+    if packed:
+        pack(model)
     return model
 
 

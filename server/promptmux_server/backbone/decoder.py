@@ -21,6 +21,7 @@ from promptmux_kernels import (
     Rows,
     SharedBias,
     cross_decode_attention,
+    pack_bias,
     pack_memory,
     prefix_attention,
     prefix_decode_attention,
@@ -233,7 +234,10 @@ class Decoder(nn.Module):
         if self.cross_pos_q_linear.weight.requires_grad:
             return self._build_cross_table(grid, length, text_length, encoder)
         key = (grid, length, text_length)
-        return self._cross_biases.get(key, lambda: self._build_cross_table(grid, length, text_length, encoder))
+        dtype = self.cross_pos_q_linear.weight.dtype
+        return self._cross_biases.get(
+            key, lambda: pack_bias(self._build_cross_table(grid, length, text_length, encoder), dtype)
+        )
 
     def _build_cross_table(self, grid: Grid, length: int, text_length: int, encoder: Encoder) -> Tensor:
         u = self.pos_ln(self.embed_positions.weight[:length])

@@ -175,7 +175,10 @@ class Encoder(nn.Module):
         """Per layer, the bias (H, N + text_length, N + text_length) that every row of this grid shares."""
         if any(p.requires_grad for p in self.pos_q_linear.parameters()):
             return self._build_biases(grid, text_length)
-        return self._biases.get((grid, text_length), lambda: self._build_biases(grid, text_length))
+        dtype = self.pos_q_linear.weight.dtype
+        return self._biases.get(
+            (grid, text_length), lambda: tuple(pack_bias(t, dtype) for t in self._build_biases(grid, text_length))
+        )
 
     def _build_biases(self, grid: Grid, text_length: int) -> tuple[Tensor, ...]:
         config = self.config
@@ -190,14 +193,14 @@ class Encoder(nn.Module):
             relative = torch.zeros_like(absolute)
             relative[:, images:, images:] = text_table(text_index).permute(2, 0, 1)
             relative[:, :images, :images] = image_table(image_index).permute(2, 0, 1)
-            biases.append(pack_bias(absolute + relative, p.dtype))
+            biases.append(absolute + relative)
         return tuple(biases)
 
 
 def position_scores(queries: Tensor, keys: Tensor, heads: int, scale: float) -> Tensor:
-    """Scores of projected positions, (n, d_model) x (m, d_model) -> (H, n, m) float32."""
-    q, k = (x.view(x.shape[0], heads, -1).transpose(0, 1) for x in (queries * scale, keys))
-    return (q @ k.transpose(1, 2)).float()
+    """Scores of projected positions, (n, d_model) x (m, d_model) -> (H, n, m), computed in float32."""
+    q, k = (x.float().view(x.shape[0], heads, -1).transpose(0, 1) for x in (queries, keys))
+    return (q * scale) @ k.transpose(1, 2)
 
 
 def _image_then_text(row: EncoderRow, text: Tensor) -> list[Tensor]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from promptmux_kernels import Rows, gelu_norm, norm_add_norm
+from promptmux_kernels.linear import PackedLinear
 from promptmux_server.backbone.config import BackboneConfig
 
 SelfAttend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -27,19 +28,22 @@ class Attention(nn.Module):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.heads = config.heads
-        self.q_proj = nn.Linear(config.d_model, config.d_model)
-        self.k_proj = nn.Linear(config.d_model, config.d_model)
-        self.v_proj = nn.Linear(config.d_model, config.d_model)
-        self.out_proj = nn.Linear(config.d_model, config.d_model)
+        self.q_proj: nn.Module = nn.Linear(config.d_model, config.d_model)
+        self.k_proj: nn.Module = nn.Linear(config.d_model, config.d_model)
+        self.v_proj: nn.Module = nn.Linear(config.d_model, config.d_model)
+        self.out_proj: nn.Module = nn.Linear(config.d_model, config.d_model)
         self.c_attn = nn.Parameter(torch.ones(config.heads))
 
     def split(self, x: Tensor) -> Tensor:
         """(T, d_model) -> (T, H, D)."""
         return x.view(*x.shape[:-1], self.heads, -1)
 
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the same tokens."""
+        return self.split(self.q_proj(x)), self.split(self.k_proj(x)), self.split(self.v_proj(x))
+
     def self_attend(self, x: Tensor, attend: SelfAttend) -> Tensor:
-        q, k, v = (self.split(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        out: Tensor = self.out_proj(attend(q, k, v, self.c_attn).flatten(-2))
+        out: Tensor = self.out_proj(attend(*self.project(x), self.c_attn).flatten(-2))
         return out
 
     def cross_attend(self, x: Tensor, attend: CrossAttend) -> Tensor:
@@ -66,8 +70,8 @@ class Layer(nn.Module):
     def __init__(self, config: BackboneConfig, drop_path: float) -> None:
         super().__init__()
         self.dropout, self.drop_path = config.dropout, drop_path
-        self.fc1 = nn.Linear(config.d_model, config.ffn_dim)
-        self.fc2 = nn.Linear(config.ffn_dim, config.d_model)
+        self.fc1: nn.Module = nn.Linear(config.d_model, config.ffn_dim)
+        self.fc2: nn.Module = nn.Linear(config.ffn_dim, config.d_model)
         self.ffn_layernorm = nn.LayerNorm(config.ffn_dim)
         self.final_layer_norm = nn.LayerNorm(config.d_model)
         self.adapter: nn.Module = Adapter(config, config.adapter_dim) if config.adapter_dim else nn.Identity()
@@ -83,6 +87,8 @@ class Layer(nn.Module):
         """x plus the feed-forward branch of the normalised x."""
         norm = self.ffn_layernorm
         y = gelu_norm(self.fc1(normed), (norm.weight, norm.bias), norm.eps)
+        if isinstance(self.fc2, PackedLinear) and isinstance(self.adapter, nn.Identity):
+            return self.fc2.add_to(x, y)
         return x + self.drop_rows(self.adapter(self.drop(self.fc2(y))), rows)
 
     def drop(self, x: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ class OFA(nn.Module):
         self.config = config
         self.encoder = Encoder(config, folded=folded)
         self.decoder = Decoder(config)
+        self.output_projection: nn.Module | None = None
+        """The tied embedding once more, packed for a faster product (see `packed`)."""
 
     @property
     def device(self) -> torch.device:
@@ -72,4 +74,7 @@ class OFA(nn.Module):
 
     def logits(self, states: Tensor) -> Tensor:
         """States (T, d_model) -> logits (T, vocab_size), by the tied embedding, without bias."""
-        return F.linear(states, self.encoder.embed_tokens.weight)
+        if self.output_projection is None:
+            return F.linear(states, self.encoder.embed_tokens.weight)
+        out: Tensor = self.output_projection(states)
+        return out

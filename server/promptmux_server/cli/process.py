@@ -16,6 +16,7 @@ from promptmux_server.api.serving import serve
 from promptmux_server.backbone.assemble import assemble, serving_dtype
 from promptmux_server.backbone.tokenizer import Tokenizer
 from promptmux_server.backbone.weights import load_backbone
+from promptmux_server.cli.machine import usable_cores
 from promptmux_server.engine.engine import Engine
 from promptmux_server.errors import BackboneFileError, BackboneNotFound
 from promptmux_server.pocket import LIBRARY, WEIGHTS
@@ -27,8 +28,8 @@ log = structlog.get_logger(__name__)
 def run_server(settings: Settings) -> None:
     """Serve until a signal ends the process. Raises BackboneError, KeyFileError."""
     configure_logging()
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    torch.set_num_threads(settings.threads or usable_cores())
+    torch.set_num_interop_threads(1)
     keys = Keys.read(settings.api_keys) if settings.api_keys else None
     engine, name = build_engine(settings)
     report = engine.start()
@@ -50,7 +51,7 @@ def build_engine(settings: Settings) -> tuple[Engine, str]:
     if tokenizer.first_bin_id != config.first_bin_id:
         raise BackboneFileError("The tokenizer's vocabulary is not the size that the backbone's configuration says.")
     engine = Engine(
-        assemble(backbone, dtype=dtype, device=device),
+        assemble(backbone, dtype=dtype, device=device, packed=device == "cpu"),
         tokenizer,
         backbone.fingerprint,
         prompt_directory(settings),

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from promptmux_server.cli.machine import restart_tuned
 from promptmux_server.cli.output import fail
 
 
@@ -40,6 +41,7 @@ def serve(
     except ValidationError as error:
         fail("; ".join(f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors()))
 
+    restart_tuned()
     from promptmux_server.api.keys import KeyFileError
     from promptmux_server.cli.process import run_server
     from promptmux_server.errors import PromptmuxError

@@ -54,7 +54,9 @@ class BeamSearch:
     def _log_probs(self, logits: Tensor, step: int) -> Tensor:
         if self._trie is not None:
             logits = self._trie.restrict(logits, self._tokens)
-        log_probs = (logits / self._params.temperature).log_softmax(-1)
+        if self._params.temperature != 1.0:
+            logits = logits / self._params.temperature
+        log_probs = logits.log_softmax(-1)
         log_probs[:, PAD] = -torch.inf
         if step >= self._params.max_length:
             log_probs[:, :EOS] = -torch.inf

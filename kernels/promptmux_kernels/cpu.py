@@ -1,0 +1,263 @@
+"""The compiled CPU form: hands each op to the C++ library, or to `batched` what the library cannot do.
+
+Owns the choice per call (element types, head dims) and the packed layout of cross-attention memory.
+Contracts: `dispatch`; the arithmetic: `native/*.h`.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from promptmux_kernels import batched, reference
+from promptmux_kernels.native import library_loaded
+from promptmux_kernels.rows import PAGE, Affine, BiasFactors, CrossMemory, PagedPrompts, Rows, SharedBias
+
+log = logging.getLogger(__name__)
+
+PACKED = "cpu"
+"""Layout of a memory packed here: (places, H, D) whose row of n keys has n rounded up to `FILL` places, each head's
+packed keys (native/pack.h) in one piece."""
+
+FILL = 16
+TYPES = (torch.float32, torch.bfloat16)
+HEAD_DIMS = range(16, 129, 16)
+SELF_TEST_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+"""Absolute, on outputs of size one: 100 float32 and 4 bfloat16 roundings. It tells a wrong kernel, not a rounding."""
+
+
+@cache
+def available(dtype: torch.dtype) -> bool:
+    """Whether the compiled form serves this type here: the library loads and agrees with the reference."""
+    if dtype not in TYPES or not library_loaded():
+        return False
+    try:
+        error = _self_test(dtype)
+    except RuntimeError as problem:  # an instruction that the compiler has and oneDNN, say, has not
+        log.warning("CPU kernels: %s is not supported here (%s); plain PyTorch is used instead", dtype, problem)
+        return False
+    if not error <= SELF_TEST_TOLERANCE[dtype]:
+        log.error("CPU kernels: %s is off by %.1e in the self test; plain PyTorch is used instead", dtype, error)
+        return False
+    return True
+
+
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    rows: Rows,
+    prompts: PagedPrompts | None,
+    bias: SharedBias,
+    scale: float,
+    head_scale: Tensor,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    if not _can(q) or (prompts and prompts.key.dtype != q.dtype):
+        return batched.prefix_attention(
+            q, k, v, rows=rows, prompts=prompts, bias=bias, scale=scale, head_scale=head_scale, causal=causal
+        )
+    return _prefix_attention(q, k, v, rows, prompts, bias, scale, head_scale, causal)
+
+
+def _prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Rows,
+    prompts: PagedPrompts | None,
+    bias: SharedBias,
+    scale: float,
+    head_scale: Tensor,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    out, lse = torch.ops.promptmux_cpu.prefix_attention(
+        *(_adjacent(x) for x in (q, k, v)),
+        rows.starts,
+        rows.lengths,
+        *_prompt_arguments(prompts, len(rows), q),
+        _tables(bias),
+        bias.table_of_row,
+        scale,
+        head_scale.float(),
+        causal,
+    )
+    return out, lse
+
+
+def prefix_decode_attention(
+    q: Tensor,
+    *,
+    groups: Rows,
+    prompts: PagedPrompts | None,
+    cache_key: Tensor,
+    cache_value: Tensor,
+    history: Tensor,
+    history_lengths: tuple[int, ...],
+    bias: Tensor,
+    scale: float,
+    head_scale: Tensor,
+) -> Tensor:
+    pools = (prompts.key, prompts.value) if prompts else ()
+    same_type = all(x.dtype == q.dtype for x in (cache_key, cache_value, *pools))
+    if not _can(q) or not same_type:
+        return batched.prefix_decode_attention(
+            q,
+            groups=groups,
+            prompts=prompts,
+            cache_key=cache_key,
+            cache_value=cache_value,
+            history=history,
+            history_lengths=history_lengths,
+            bias=bias,
+            scale=scale,
+            head_scale=head_scale,
+        )
+    out: Tensor = torch.ops.promptmux_cpu.prefix_decode_attention(
+        _adjacent(q),
+        groups.starts,
+        groups.lengths,
+        *_prompt_arguments(prompts, len(groups), q),
+        cache_key.contiguous(),
+        cache_value.contiguous(),
+        history.contiguous(),
+        history_lengths,
+        bias.float(),
+        scale,
+        head_scale.float(),
+    )
+    return out
+
+
+def cross_decode_attention(
+    q: Tensor,
+    *,
+    groups: Rows,
+    memory: CrossMemory,
+    bias: SharedBias,
+    first_positions: tuple[int, ...],
+    consecutive: bool,
+    scale: float,
+    head_scale: Tensor,
+) -> Tensor:
+    if memory.layout != PACKED:
+        return batched.cross_decode_attention(
+            q,
+            groups=groups,
+            memory=memory,
+            bias=bias,
+            first_positions=first_positions,
+            consecutive=consecutive,
+            scale=scale,
+            head_scale=head_scale,
+        )
+    out: Tensor = torch.ops.promptmux_cpu.cross_attention(
+        _adjacent(q),
+        groups.starts,
+        groups.lengths,
+        memory.key,
+        memory.value,
+        memory.rows.starts,
+        memory.rows.lengths,
+        _tables(bias),
+        bias.table_of_row,
+        first_positions,
+        consecutive,
+        scale,
+        head_scale.float(),
+    )
+    return out
+
+
+def pack_memory(key: Tensor, value: Tensor, rows: Rows) -> CrossMemory:
+    if not _can(key):
+        return batched.pack_memory(key, value, rows)
+    places = Rows.packed([-(-n // FILL) * FILL for n in rows.lengths])
+    keys, values = torch.ops.promptmux_cpu.pack_memory(
+        _adjacent(key), _adjacent(value), rows.starts, rows.lengths, places.starts
+    )
+    return CrossMemory(keys, values, Rows(places.starts, rows.lengths), PACKED)
+
+
+def pack_bias(table: Tensor, dtype: torch.dtype) -> Tensor:
+    """Relative error of a bfloat16 layer's attention: 2.25e-3 with float16 tables, 3.55e-3 with bfloat16 ones, 2.22e-3
+    with float32, which take twice the memory."""
+    return table if dtype == torch.float32 else table.half()
+
+
+def write_cache(cache_key: Tensor, cache_value: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
+    same_type = cache_key.dtype == cache_value.dtype == key.dtype == value.dtype
+    if not _can(key) or not same_type or not (cache_key.is_contiguous() and cache_value.is_contiguous()):
+        batched.write_cache(cache_key, cache_value, slots, key, value)
+        return
+    torch.ops.promptmux_cpu.write_cache(cache_key, cache_value, slots, *(_adjacent(x) for x in (key, value)))
+
+
+def norm_add_norm(x: Tensor, y: Tensor, inner: Affine, outer: Affine, eps: float) -> tuple[Tensor, Tensor]:
+    if not _can_norm(x, y, *inner, *outer):
+        return batched.norm_add_norm(x, y, inner, outer, eps)
+    total, normed = torch.ops.promptmux_cpu.norm_add_norm(x, y, *inner, *outer, eps)
+    return total, normed
+
+
+def gelu_norm(x: Tensor, affine: Affine, eps: float) -> Tensor:
+    if not _can_norm(x, *affine):
+        return batched.gelu_norm(x, affine, eps)
+    out: Tensor = torch.ops.promptmux_cpu.gelu_norm(x, *affine, eps)
+    return out
+
+
+def _can(x: Tensor) -> bool:
+    """Whether the library serves tensors like x (T, H, D)."""
+    return x.shape[2] in HEAD_DIMS and available(x.dtype)
+
+
+def _can_norm(x: Tensor, *others: Tensor) -> bool:
+    fits = x.ndim == 2 and x.shape[1] % FILL == 0 and all(o.dtype == x.dtype and o.stride(-1) == 1 for o in others)
+    return fits and x.stride(-1) == 1 and available(x.dtype)
+
+
+def _adjacent(x: Tensor) -> Tensor:
+    """x (T, H, D) with each token's heads in one piece; tokens may lie apart, as slices of a fused projection do."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+def _tables(bias: SharedBias) -> list[Tensor]:
+    """Dense tables of one element type: float16 if all are, else float32."""
+    dense = [table.dense() if isinstance(table, BiasFactors) else table for table in bias.tables]
+    half = all(table.dtype == torch.float16 for table in dense)
+    return [table if half else table.float() for table in dense]
+
+
+def _prompt_arguments(
+    prompts: PagedPrompts | None, rows: int, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """Pool, page table and lengths as the library takes them; without prompts an empty pool and lengths of zero."""
+    if prompts is None:
+        pool = like.new_empty(0, like.shape[1], PAGE, like.shape[2])
+        return pool, pool, torch.zeros(rows, 1, dtype=torch.int64), [0] * rows
+    return prompts.key.contiguous(), prompts.value.contiguous(), prompts.table.contiguous(), list(prompts.lengths)
+
+
+def _self_test(dtype: torch.dtype) -> float:
+    """Largest difference from the reference on one small batch with two prompt pages and ragged rows."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    rows, heads, dim = Rows.packed([5, 70]), 2, 32
+    q, k, v = (normal(rows.total, heads, dim) for _ in range(3))
+    pages = torch.tensor([[0, 1], [1, 0]])
+    prompts = PagedPrompts(normal(2, heads, PAGE, dim), normal(2, heads, PAGE, dim), pages, (40, 3))
+    bias = SharedBias((normal(heads, 70, 70).float(),), (0, 0))
+    scale = torch.ones(heads)
+    found, _ = _prefix_attention(q, k, v, rows, prompts, bias, dim**-0.5, scale, False)
+    expected, _ = reference.prefix_attention(
+        q, k, v, rows=rows, prompts=prompts, bias=bias, scale=dim**-0.5, head_scale=scale, causal=False
+    )
+    return float((found.float() - expected.float()).abs().max())

@@ -1,0 +1,179 @@
+// The ops of `promptmux_kernels.dispatch` as PyTorch operators of the library `promptmux_cpu`.
+//
+// Owns how tensors and lists become the structures of the headers, and the choice of element types; cpu.py checks
+// shapes and sends here only what the headers can do.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <tuple>
+#include <vector>
+
+#include "cross_attention.h"
+#include "decode_attention.h"
+#include "norms.h"
+#include "prefix_attention.h"
+
+namespace promptmux {
+namespace {
+
+using at::IntArrayRef;
+using at::Tensor;
+
+// Call f with a value of the element type of `tensor`: float32 or one 16-bit type.
+template <typename Sixteen, typename F>
+auto by_type(const Tensor& tensor, F f) {
+  return tensor.scalar_type() == at::kFloat ? f(float{}) : f(Sixteen{});
+}
+
+std::tuple<Tensor, Tensor> prefix_attention_op(const Tensor& q, const Tensor& k, const Tensor& v, IntArrayRef starts,
+                                               IntArrayRef lengths, const Tensor& prompt_key,
+                                               const Tensor& prompt_value, const Tensor& prompt_table,
+                                               IntArrayRef prompt_lengths, const std::vector<Tensor>& tables,
+                                               IntArrayRef table_of_row, double scale, const Tensor& head_scale,
+                                               bool causal) {
+  Tensor out = at::zeros(q.sizes(), q.options());
+  Tensor lse = at::zeros({q.size(0), q.size(1)}, q.options().dtype(at::kFloat));
+  std::vector<RowSpan> rows;
+  for (size_t r = 0; r < starts.size(); ++r)
+    rows.push_back({starts[r], lengths[r], prompt_lengths[r], table_of_row[r], 0, 0});
+  by_type<BFloat16>(q, [&](auto element) {
+    using T = decltype(element);
+    by_type<Half>(tables[0], [&](auto number) {
+      using B = decltype(number);
+      PrefixAttention<T, B>(q, k, v, {prompt_key, prompt_value, prompt_table}, rows, bias_tables<B>(tables),
+                            head_scale.const_data_ptr<float>(), static_cast<float>(scale), causal, out, lse)
+          .run();
+    });
+  });
+  return {out, lse};
+}
+
+Tensor prefix_decode_attention_op(const Tensor& q, IntArrayRef starts, IntArrayRef beams, const Tensor& prompt_key,
+                                  const Tensor& prompt_value, const Tensor& prompt_table, IntArrayRef prompt_lengths,
+                                  const Tensor& cache_key, const Tensor& cache_value, const Tensor& history,
+                                  IntArrayRef steps, const Tensor& bias, double scale, const Tensor& head_scale) {
+  Tensor out = at::zeros(q.sizes(), q.options());
+  std::vector<DecodeGroup> groups;
+  for (size_t g = 0; g < starts.size(); ++g) groups.push_back({starts[g], beams[g], prompt_lengths[g], steps[g]});
+  by_type<BFloat16>(q, [&](auto element) {
+    using T = decltype(element);
+    DecodeAttention<T>(q, {prompt_key, prompt_value, prompt_table}, cache_key, cache_value, history, groups, bias,
+                       static_cast<float>(scale), head_scale.const_data_ptr<float>(), out)
+        .run();
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> pack_memory_op(const Tensor& key, const Tensor& value, IntArrayRef starts,
+                                          IntArrayRef lengths, IntArrayRef packed_starts) {
+  std::vector<CrossGroup> rows;
+  int64_t total = 0;
+  for (size_t r = 0; r < starts.size(); ++r) {
+    rows.push_back({starts[r], 0, packed_starts[r], lengths[r], 0, 0});
+    total = std::max(total, packed_starts[r] + filled(lengths[r]));
+  }
+  return by_type<BFloat16>(key, [&](auto element) {
+    using T = decltype(element);
+    const auto options = key.options().dtype(c10::CppTypeToScalarType<Operand<T>>::value);
+    Tensor keys = at::empty({total, key.size(1), key.size(2)}, options), values = at::empty_like(keys);
+    pack_memory<T>(key, value, rows, keys, values);
+    return std::make_tuple(keys, values);
+  });
+}
+
+Tensor cross_attention_op(const Tensor& q, IntArrayRef starts, IntArrayRef counts, const Tensor& keys,
+                          const Tensor& values, IntArrayRef memory_starts, IntArrayRef memory_lengths,
+                          const std::vector<Tensor>& tables, IntArrayRef table_of_row, IntArrayRef first_positions,
+                          bool consecutive, double scale, const Tensor& head_scale) {
+  Tensor out = at::zeros(q.sizes(), q.options());
+  std::vector<CrossGroup> groups;
+  for (size_t g = 0; g < starts.size(); ++g)
+    groups.push_back(
+        {starts[g], counts[g], memory_starts[g], memory_lengths[g], table_of_row[g], first_positions[g]});
+  by_type<BFloat16>(q, [&](auto element) {
+    using T = decltype(element);
+    by_type<Half>(tables[0], [&](auto number) {
+      using B = decltype(number);
+      cross_attention<T, B>(q, groups, keys, values, bias_tables<B>(tables), consecutive, static_cast<float>(scale),
+                            head_scale.const_data_ptr<float>(), out);
+    });
+  });
+  return out;
+}
+
+void write_cache_op(Tensor cache_key, Tensor cache_value, const Tensor& slots, const Tensor& key,
+                    const Tensor& value) {
+  const int64_t bytes = key.size(1) * key.size(2) * key.element_size();
+  const int64_t* slot = slots.const_data_ptr<int64_t>();
+  const auto copy = [&](Tensor& cache, const Tensor& rows) {
+    auto* to = static_cast<char*>(cache.data_ptr());
+    const auto* from = static_cast<const char*>(rows.const_data_ptr());
+    for (int64_t i = 0; i < slots.numel(); ++i) {
+      TORCH_CHECK_INDEX(slot[i] >= 0 && slot[i] < cache.size(0), "cache slot out of range");
+      std::memcpy(to + slot[i] * bytes, from + i * rows.stride(0) * rows.element_size(), bytes);
+    }
+  };
+  copy(cache_key, key);
+  copy(cache_value, value);
+}
+
+std::tuple<Tensor, Tensor> norm_add_norm_op(const Tensor& x, const Tensor& y, const Tensor& inner_weight,
+                                            const Tensor& inner_bias, const Tensor& outer_weight,
+                                            const Tensor& outer_bias, double eps) {
+  Tensor total = at::empty(x.sizes(), x.options()), normed = at::empty(x.sizes(), x.options());
+  by_type<BFloat16>(x, [&](auto element) {
+    using T = decltype(element);
+    const T* inner[2] = {inner_weight.const_data_ptr<T>(), inner_bias.const_data_ptr<T>()};
+    const T* outer[2] = {outer_weight.const_data_ptr<T>(), outer_bias.const_data_ptr<T>()};
+    norm_add_norm<T>(x, y, inner, outer, static_cast<float>(eps), total, normed);
+  });
+  return {total, normed};
+}
+
+Tensor gelu_norm_op(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps) {
+  Tensor out = at::empty(x.sizes(), x.options());
+  by_type<BFloat16>(x, [&](auto element) {
+    using T = decltype(element);
+    gelu_norm<T>(x, weight.const_data_ptr<T>(), bias.const_data_ptr<T>(), static_cast<float>(eps), out);
+  });
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(promptmux_cpu, library) {
+  library.def(
+      "prefix_attention(Tensor q, Tensor k, Tensor v, int[] starts, int[] lengths, Tensor prompt_key, "
+      "Tensor prompt_value, Tensor prompt_table, int[] prompt_lengths, Tensor[] tables, int[] table_of_row, "
+      "float scale, Tensor head_scale, bool causal) -> (Tensor, Tensor)");
+  library.def(
+      "prefix_decode_attention(Tensor q, int[] starts, int[] beams, Tensor prompt_key, Tensor prompt_value, "
+      "Tensor prompt_table, int[] prompt_lengths, Tensor cache_key, Tensor cache_value, Tensor history, int[] steps, "
+      "Tensor bias, float scale, Tensor head_scale) -> Tensor");
+  library.def(
+      "pack_memory(Tensor key, Tensor value, int[] starts, int[] lengths, int[] packed_starts) -> (Tensor, Tensor)");
+  library.def(
+      "cross_attention(Tensor q, int[] starts, int[] counts, Tensor keys, Tensor values, int[] memory_starts, "
+      "int[] memory_lengths, Tensor[] tables, int[] table_of_row, int[] first_positions, bool consecutive, "
+      "float scale, Tensor head_scale) -> Tensor");
+  library.def(
+      "write_cache(Tensor(a!) cache_key, Tensor(b!) cache_value, Tensor slots, Tensor key, Tensor value) -> ()");
+  library.def(
+      "norm_add_norm(Tensor x, Tensor y, Tensor inner_weight, Tensor inner_bias, Tensor outer_weight, "
+      "Tensor outer_bias, float eps) -> (Tensor, Tensor)");
+  library.def("gelu_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(promptmux_cpu, CPU, library) {
+  library.impl("prefix_attention", prefix_attention_op);
+  library.impl("prefix_decode_attention", prefix_decode_attention_op);
+  library.impl("pack_memory", pack_memory_op);
+  library.impl("cross_attention", cross_attention_op);
+  library.impl("write_cache", write_cache_op);
+  library.impl("norm_add_norm", norm_add_norm_op);
+  library.impl("gelu_norm", gelu_norm_op);
+}
+
+}  // namespace promptmux

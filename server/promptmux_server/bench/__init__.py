@@ -1,0 +1,1 @@
+"""How fast this machine answers, beside what it could do: measured in one run, so that ratios mean something."""
