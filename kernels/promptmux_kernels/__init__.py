@@ -9,6 +9,7 @@ from promptmux_kernels.dispatch import (
     pack_memory,
     prefix_attention,
     prefix_decode_attention,
+    prepare,
     use_form,
     write_cache,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "pack_prompts",
     "prefix_attention",
     "prefix_decode_attention",
+    "prepare",
     "use_form",
     "write_cache",
 ]

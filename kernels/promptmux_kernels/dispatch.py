@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
@@ -207,3 +208,21 @@ def gelu_norm(x: Tensor, affine: Affine, eps: float) -> Tensor:
     """LN(gelu(x)) over the feed-forward width (ofa-spec 2.5), exact (erf) GELU in float32; x is (T, ffn_dim)."""
     out: Tensor = _form(x, *affine).gelu_norm(x, affine, eps)
     return out
+
+
+def prepare(
+    *, heads: int, head_dim: int, ffn_dim: int, dtype: torch.dtype, device: torch.device, tuned_in: Path | None
+) -> int:
+    """Compile, and on a GPU tune, what a model of these widths will need; returns how many variants were made ready.
+
+    To be called before the first request: what is compiled later holds up a batch for seconds. The tuner's record lies
+    in `tuned_in`, which only its owner may write (else UnsafeDirectory, a PermissionError); None leaves tuning out.
+    """
+    form = _fastest(device)
+    if form == "cpu":
+        return int(cpu.available(dtype))
+    if form != "triton":
+        return 0
+    warm_up = import_module("promptmux_kernels.triton_ops.warm_up")
+    ready: int = warm_up.warm_up(warm_up.Widths(heads, head_dim, ffn_dim, dtype, device), tuned_in)
+    return ready

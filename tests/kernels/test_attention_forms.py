@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ from promptmux_kernels import (
     PagedPrompts,
     Rows,
     SharedBias,
+    cpu,
     cross_decode_attention,
     pack_memory,
     pack_prompts,
     prefix_attention,
     prefix_decode_attention,
+    prepare,
     use_form,
 )
 
@@ -210,3 +213,11 @@ def test_gradients_of_prompts_agree_between_the_forms() -> None:
         gradients.append((key.grad, value.grad))
     for first, second in zip(*gradients, strict=True):
         torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)
+
+
+def test_preparing_a_cpu_loads_the_compiled_form_before_the_first_request() -> None:
+    ready = prepare(
+        heads=2, head_dim=16, ffn_dim=32, dtype=torch.float32, device=torch.device("cpu"), tuned_in=Path("unused")
+    )
+    assert ready == int(cpu.available(torch.float32))
+    assert not Path("unused").exists()

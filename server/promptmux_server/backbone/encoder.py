@@ -13,7 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promptmux_kernels import PagedPrompts, PromptBatch, Rows, SharedBias, pack_bias, prefix_attention
+from promptmux_kernels import (
+    BiasFactors,
+    PagedPrompts,
+    PromptBatch,
+    Rows,
+    SharedBias,
+    pack_bias,
+    prefix_attention,
+)
 from promptmux_server.backbone.config import BackboneConfig
 from promptmux_server.backbone.layers import EncoderLayer, drop_path_rates
 from promptmux_server.backbone.positions import (
@@ -22,10 +30,14 @@ from promptmux_server.backbone.positions import (
     Grid,
     image_buckets,
     image_position_ids,
+    relative_codes,
+    relative_table,
     text_capacity,
     token_buckets,
 )
 from promptmux_server.backbone.vision import VisionStem
+
+Bias = Tensor | BiasFactors
 
 GRIDS_CACHED = 4
 """Image grids whose biases stay resident: 125 MB each for OFA-base at 480 px in 16 bits."""
@@ -88,7 +100,9 @@ class Encoder(nn.Module):
         token_table, image_table = 2 * config.token_bucket_size - 1, (2 * config.image_bucket_size - 1) ** 2 + 3
         self.token_rel_pos_table_list = nn.ModuleList(nn.Embedding(token_table, config.heads) for _ in rates)
         self.image_rel_pos_table_list = nn.ModuleList(nn.Embedding(image_table, config.heads) for _ in rates)
-        self._biases: BiasCache[tuple[Grid, int], tuple[Tensor, ...]] = BiasCache(GRIDS_CACHED)
+        self.factored_above: int | None = None
+        """Bytes of a grid's dense bias tables beyond which they stay in factors; None where no kernel reads factors."""
+        self._biases: BiasCache[tuple[Grid, int], tuple[Bias, ...]] = BiasCache(GRIDS_CACHED)
 
     @property
     def scale(self) -> float:
@@ -171,13 +185,36 @@ class Encoder(nn.Module):
         resized = F.interpolate(known.T.reshape(1, -1, side, side), size=grid, mode="bilinear")
         return resized[0].flatten(1).T
 
-    def biases(self, grid: Grid, text_length: int) -> tuple[Tensor, ...]:
+    def biases(self, grid: Grid, text_length: int) -> tuple[Bias, ...]:
         """Per layer, the bias (H, N + text_length, N + text_length) that every row of this grid shares."""
         if any(p.requires_grad for p in self.pos_q_linear.parameters()):
             return self._build_biases(grid, text_length)
-        dtype = self.pos_q_linear.weight.dtype
-        return self._biases.get(
-            (grid, text_length), lambda: tuple(pack_bias(t, dtype) for t in self._build_biases(grid, text_length))
+        return self._biases.get((grid, text_length), lambda: self._finished_biases(grid, text_length))
+
+    def _finished_biases(self, grid: Grid, text_length: int) -> tuple[Bias, ...]:
+        """A frozen model's tables: dense, as the device reads them fastest, or in factors where that is too much."""
+        config, weight = self.config, self.pos_q_linear.weight
+        tokens = grid[0] * grid[1] + text_length
+        dense_bytes = config.encoder_layers * config.heads * tokens**2 * weight.dtype.itemsize
+        if self.factored_above is not None and dense_bytes > self.factored_above:
+            return self._build_factors(grid, text_length)
+        return tuple(pack_bias(table, weight.dtype) for table in self._build_biases(grid, text_length))
+
+    def _build_factors(self, grid: Grid, text_length: int) -> tuple[BiasFactors, ...]:
+        config, dtype = self.config, self.pos_q_linear.weight.dtype
+        p = self.positions(grid, text_length)
+        query, key = (
+            x.view(len(p), config.heads, -1).transpose(0, 1).contiguous()
+            for x in (self.pos_q_linear(p) * self.scale, self.pos_k_linear(p))
+        )
+        query_code, key_code = (x.to(p.device) for x in relative_codes(grid, text_length, config.image_bucket_size))
+        buckets = token_buckets(text_length, config.token_bucket_size, config.max_positions).to(p.device)
+        images = (2 * config.image_bucket_size - 1) ** 2
+        return tuple(
+            BiasFactors(
+                query, key, query_code, key_code, relative_table(image.weight[:images], text.weight, buckets).to(dtype)
+            )
+            for text, image in zip(self.token_rel_pos_table_list, self.image_rel_pos_table_list, strict=True)
         )
 
     def _build_biases(self, grid: Grid, text_length: int) -> tuple[Tensor, ...]:

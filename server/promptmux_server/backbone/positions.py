@@ -48,6 +48,34 @@ def image_buckets(grid: Grid, bucket_size: int) -> Tensor:
     return down * span + across
 
 
+APART = 1 << 20
+"""Keeps the codes of image and text tokens so far apart that no sum of the two falls into a table."""
+
+
+def relative_codes(grid: Grid, text_length: int, bucket_size: int) -> tuple[Tensor, Tensor]:
+    """Codes of queries and keys, (N + text_length,) int32 each, whose sums index `relative_table`.
+
+    A picture's pair of patches has its bucket (row * span + column is linear in the distance), a pair of text tokens
+    the place of its distance behind all buckets, a mixed pair nothing.
+    """
+    rows, columns = grid
+    span = 2 * bucket_size - 1
+    patch = (torch.arange(rows)[:, None] * span + torch.arange(columns)[None, :]).flatten()
+    text = torch.arange(text_length)
+    query = torch.cat([patch + (bucket_size - 1) * (span + 1), text + span * span + text_length - 1 - APART])
+    key = torch.cat([-patch, APART - text])
+    return query.int(), key.int()
+
+
+def relative_table(image: Tensor, text: Tensor, text_buckets: Tensor) -> Tensor:
+    """One table (H, size) of the image block's buckets and the text block's distances -(T - 1) to T - 1.
+
+    `image` is (buckets, H) without the entries of image generation, `text` (buckets, H), `text_buckets` (T, T).
+    """
+    by_distance = torch.cat([text_buckets[0, 1:].flip(0), text_buckets[:, 0]])
+    return torch.cat([image, text[by_distance]]).T.contiguous()
+
+
 def image_position_ids(grid: Grid, bucket_size: int) -> Tensor:
     """Position id of each patch, (N,) int64: row * bucket_size + column + 1 (id 0 is not an image patch)."""
     rows, columns = grid

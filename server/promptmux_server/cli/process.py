@@ -10,6 +10,7 @@ from pathlib import Path
 import structlog
 import torch
 
+from promptmux_kernels import prepare
 from promptmux_server.api.app import build_app
 from promptmux_server.api.keys import Keys
 from promptmux_server.api.serving import serve
@@ -50,6 +51,15 @@ def build_engine(settings: Settings) -> tuple[Engine, str]:
     tokenizer = Tokenizer.load(backbone.tokenizer_dir, num_codes=config.num_codes, num_bins=config.num_bins)
     if tokenizer.first_bin_id != config.first_bin_id:
         raise BackboneFileError("The tokenizer's vocabulary is not the size that the backbone's configuration says.")
+    ready = prepare(
+        heads=config.heads,
+        head_dim=config.head_dim,
+        ffn_dim=config.ffn_dim,
+        dtype=dtype,
+        device=torch.device(device),
+        tuned_in=settings.state / "kernels",
+    )
+    log.info("kernels ready", variants=ready)
     engine = Engine(
         assemble(backbone, dtype=dtype, device=device, packed=device == "cpu"),
         tokenizer,

@@ -50,5 +50,5 @@ def serve(
         run_server(settings)
     except PromptmuxError as error:
         fail(error.message)
-    except KeyFileError as error:
+    except (KeyFileError, PermissionError) as error:
         fail(str(error))
