@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from promptmux_kernels.reference import gather_slots, gelu_norm, norm_add_norm, pack_bias, pack_memory, write_cache
-from promptmux_kernels.rows import CrossMemory, PagedPrompts, Rows, SharedBias
+from promptmux_kernels.rows import PLAIN, CrossMemory, PagedPrompts, Rows, SharedBias
 
 __all__ = [
     "cross_decode_attention",
@@ -125,6 +125,7 @@ def cross_decode_attention(
     scale: float,
     head_scale: Tensor,
 ) -> Tensor:
+    assert memory.layout == PLAIN
     outputs, order = [], []
     for chunk in _chunks(groups, memory.rows, bias, heads=q.shape[1]):
         part = groups.select(chunk)

@@ -7,6 +7,7 @@ Each docstring below is the op's formula; `reference` is that formula in code.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,12 +24,16 @@ from torch import Tensor
 from promptmux_kernels import batched, cpu, reference
 from promptmux_kernels.rows import Affine, BiasFactors, CrossMemory, PagedPrompts, Rows, SharedBias
 
+log = logging.getLogger(__name__)
+
 Form = Literal["reference", "batched", "cpu", "triton"]
 
 _FORMS: dict[Form, ModuleType] = {"reference": reference, "batched": batched, "cpu": cpu}
 _LAZY_FORMS: dict[Form, str] = {"triton": "promptmux_kernels.triton_ops"}
 COMPILED: tuple[Form, ...] = ("cpu", "triton")
 """Forms without a backward: where a gradient is asked for, `batched` answers in their place."""
+_refused: set[Form] = set()
+"""Forms that `prepare` found not to work on this machine."""
 _override: ContextVar[Form | None] = ContextVar("promptmux_kernels_form", default=None)
 
 
@@ -53,7 +58,7 @@ def _form(*inputs: Tensor) -> ModuleType:
 
 def _fastest(device: torch.device) -> Form:
     if device.type == "cuda":  # ROCm's devices are called so, too
-        return "triton" if _has_triton() else "batched"
+        return "triton" if _has_triton() and "triton" not in _refused else "batched"
     return "cpu" if device.type == "cpu" else "batched"
 
 
@@ -176,8 +181,13 @@ def cross_decode_attention(
 
 
 def pack_memory(key: Tensor, value: Tensor, rows: Rows) -> CrossMemory:
-    """Lay cross-attention keys and values (T, H, D) out as this device reads them fastest; done once per request."""
-    out: CrossMemory = _form(key, value).pack_memory(key, value, rows)
+    """Lay cross-attention keys and values (T, H, D) out as this device reads them fastest; done once per request.
+
+    While gradients are recorded they stay as they are: a query that depends on a prompt in training will ask for the
+    form with a backward, which reads no other layout.
+    """
+    form = batched if torch.is_grad_enabled() and _override.get() is None else _form(key, value)
+    out: CrossMemory = form.pack_memory(key, value, rows)
     return out
 
 
@@ -217,12 +227,20 @@ def prepare(
 
     To be called before the first request: what is compiled later holds up a batch for seconds. The tuner's record lies
     in `tuned_in`, which only its owner may write (else UnsafeDirectory, a PermissionError); None leaves tuning out.
+    Where a device's form cannot be made ready, the log says why, and `batched` answers for as long as the process runs.
     """
     form = _fastest(device)
     if form == "cpu":
         return int(cpu.available(dtype))
     if form != "triton":
         return 0
-    warm_up = import_module("promptmux_kernels.triton_ops.warm_up")
-    ready: int = warm_up.warm_up(warm_up.Widths(heads, head_dim, ffn_dim, dtype, device), tuned_in)
+    try:
+        warm_up = import_module("promptmux_kernels.triton_ops.warm_up")
+        ready: int = warm_up.warm_up(warm_up.Widths(heads, head_dim, ffn_dim, dtype, device), tuned_in)
+    except (PermissionError, torch.AcceleratorError):  # the owner's to mend; a device that no form can use any more
+        raise
+    except Exception:  # a compiler, a linker or a driver that triton cannot work with, each with errors of its own
+        log.exception("GPU kernels: they cannot be made ready here; plain PyTorch is used instead")
+        _refused.add("triton")
+        return 0
     return ready

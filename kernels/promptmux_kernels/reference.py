@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from promptmux_kernels.rows import Affine, CrossMemory, PagedPrompts, Rows, SharedBias
+from promptmux_kernels.rows import PLAIN, Affine, CrossMemory, PagedPrompts, Rows, SharedBias
 
 
 def prefix_attention(
@@ -82,6 +82,7 @@ def cross_decode_attention(
     scale: float,
     head_scale: Tensor,
 ) -> Tensor:
+    assert memory.layout == PLAIN
     out = torch.zeros_like(q)
     for group, first in enumerate(first_positions):
         own, seen = groups.slice(group), memory.rows.slice(group)

@@ -97,6 +97,10 @@ class SharedBias:
         return SharedBias(self.tables, tuple(self.table_of_row[r] for r in rows))
 
 
+PLAIN = "plain"
+"""The layout of a memory that every form but the CPU's compiled one reads."""
+
+
 @dataclass(frozen=True)
 class CrossMemory:
     """One layer's cross-attention keys and values of a batch, made once by `pack_memory` and read at every step.
@@ -108,7 +112,7 @@ class CrossMemory:
     key: Tensor
     value: Tensor
     rows: Rows
-    layout: str = "plain"
+    layout: str = PLAIN
 
     def select(self, rows: Sequence[int]) -> CrossMemory:
         """The memory of some requests of the batch, without a copy."""

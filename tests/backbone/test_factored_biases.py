@@ -36,7 +36,20 @@ def test_tables_beyond_the_budget_stay_in_factors_and_change_no_state(model: OFA
     rows = [EncoderRow((0, 10, 11, 2), image), EncoderRow((0, 12, 2))]
     dense = model.encode(rows).states
     model.encoder._biases.clear()
-    model.encoder.factored_above = 20_000  # the picture's tables take 37 kB, the text's 16
+    model.encoder.factored_above = 0  # which the picture's tables exceed; without a picture there is nothing to save
     assert isinstance(model.encoder.biases(image.grid, 32)[0], BiasFactors)
     assert not isinstance(model.encoder.biases(NO_IMAGE, 32)[0], BiasFactors)
     torch.testing.assert_close(model.encode(rows).states, dense, atol=2e-5, rtol=0)
+
+
+def test_the_longest_text_of_a_batch_does_not_decide_on_factors(model: OFA) -> None:
+    config = model.config
+    model.encoder.factored_above = (
+        config.encoder_layers * config.heads * (4 * 4) ** 2 * 4
+    )  # the picture's part, exactly
+    for text_length in (32, 128):
+        assert not isinstance(model.encoder.biases((4, 4), text_length)[0], BiasFactors)
+    model.encoder.factored_above -= 1
+    model.encoder._biases.clear()
+    for text_length in (32, 128):
+        assert isinstance(model.encoder.biases((4, 4), text_length)[0], BiasFactors)

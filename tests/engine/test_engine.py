@@ -119,6 +119,26 @@ def test_the_same_picture_passes_the_stem_once_a_batch(
     assert seen == [2]
 
 
+def test_preparing_pictures_takes_no_core_from_the_engine(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[int] = []
+    original = RunningBatch.prefill
+
+    def prefill(self: RunningBatch) -> None:
+        used.append(torch.get_num_threads())
+        original(self)
+
+    monkeypatch.setattr(RunningBatch, "prefill", prefill)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        engine = start()
+        for seed in range(3):
+            engine.submit(ask(image=picture(seed))).result(20)
+    finally:
+        torch.set_num_threads(before)
+    assert used == [2, 2, 2]
+
+
 def test_an_unknown_task_is_named_so(start: Start) -> None:
     with pytest.raises(PromptNotFound):
         start().submit(ask("nobody"))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from promptmux_kernels import (
     PAGE,
+    CrossMemory,
     PagedPrompts,
     Rows,
     SharedBias,
@@ -162,6 +163,44 @@ def test_cross_attention_equals_the_reference(consecutive: bool) -> None:
         with use_form(form):  # type: ignore[arg-type]
             outputs.append(cross_decode_attention(q, **arguments))  # type: ignore[arg-type]
     torch.testing.assert_close(outputs[0], outputs[1], atol=TOLERANCE, rtol=0)
+
+
+def test_while_gradients_are_recorded_memory_stays_readable_by_the_form_with_a_backward() -> None:
+    """A prompt of the decoder alone: the memory is frozen, the query that reads it is not."""
+    keys, values = (normal(30, HEADS, DIM, seed=seed) for seed in (21, 22))
+    memory = pack_memory(keys, values, Rows.packed([30]))
+    arguments = {
+        "groups": Rows.packed([3]),
+        "bias": SharedBias((normal(HEADS, 12, 30, seed=23),), (0,)),
+        "first_positions": (0,),
+        "consecutive": True,
+        "scale": 0.25,
+        "head_scale": torch.tensor([1.0, 0.5]),
+    }
+    q = normal(3, HEADS, DIM, seed=25)
+    with torch.no_grad():
+        served = cross_decode_attention(q, memory=pack_memory(keys, values, Rows.packed([30])), **arguments)  # type: ignore[arg-type]
+    trained = cross_decode_attention(q.requires_grad_(), memory=memory, **arguments)  # type: ignore[arg-type]
+    trained.sum().backward()
+    torch.testing.assert_close(trained.detach(), served, atol=TOLERANCE, rtol=0)
+    assert q.grad is not None
+
+
+@pytest.mark.parametrize("form", ["batched", "reference"])
+def test_a_memory_of_another_layout_is_not_misread(form: str) -> None:
+    memory = CrossMemory(normal(32, HEADS, DIM, seed=1), normal(32, HEADS, DIM, seed=2), Rows.packed([30]), "cpu")
+    bias = SharedBias((normal(HEADS, 1, 30, seed=3),), (0,))
+    with use_form(form), pytest.raises(AssertionError):  # type: ignore[arg-type]
+        cross_decode_attention(
+            normal(1, HEADS, DIM, seed=4),
+            groups=Rows.packed([1]),
+            memory=memory,
+            bias=bias,
+            first_positions=(0,),
+            consecutive=True,
+            scale=1.0,
+            head_scale=torch.ones(HEADS),
+        )
 
 
 POISONS = [float("nan"), float("inf"), float("-inf"), 3e38]

@@ -161,10 +161,52 @@ def test_a_library_that_others_can_write_is_not_loaded(nothing_built: Path, monk
 
 def test_a_shipped_library_is_preferred(nothing_built: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     built = fake_compiler(monkeypatch)
-    monkeypatch.setattr(build, "SOURCES", tmp_path)
-    build.build("avx2", tmp_path / "built")
+    monkeypatch.setattr(build, "SHIPPED", tmp_path / "built")
+    build.ship()
     assert build.find_or_build("avx2") == tmp_path / "built" / "avx2.so"
-    assert built == ["avx2"]
+    assert built == list(build.FLAGS)
+
+
+def test_shipped_libraries_are_for_every_user_to_read(
+    nothing_built: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake_compiler(monkeypatch)
+    monkeypatch.setattr(build, "SHIPPED", tmp_path / "built")
+    for path in (tmp_path / "built", *build.ship()):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o755
+
+
+def test_a_shipped_directory_that_may_not_be_entered_is_passed_over(
+    nothing_built: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(directory: Path, name: str = "") -> bool:
+        if directory == tmp_path / "built":
+            raise PermissionError(13, "Permission denied")
+        return True
+
+    fake_compiler(monkeypatch)
+    monkeypatch.setattr(build, "SHIPPED", tmp_path / "built")
+    monkeypatch.setattr(build, "is_safe", refuse)
+    assert build.find_or_build("avx2") == nothing_built / "avx2.so"
+
+
+def test_a_cache_that_cannot_be_written_is_a_build_error(
+    nothing_built: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(BuildError, match="nothing can be kept in"):
+        build.find_or_build("avx2")
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(build.Path, "home", nowhere)
+    with pytest.raises(BuildError, match="set XDG_CACHE_HOME"):
+        build.cache_directory()
 
 
 def test_the_name_changes_with_the_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -179,10 +221,21 @@ def test_the_command_builds_ahead_of_time_and_ships_every_level(
     nothing_built: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     built = fake_compiler(monkeypatch)
-    monkeypatch.setattr(command, "SOURCES", tmp_path)
+    monkeypatch.setattr(build, "SHIPPED", tmp_path / "built")
     monkeypatch.setattr(command, "capability", lambda: "avx2")
+    monkeypatch.setattr(command.platform, "machine", lambda: "x86_64")
     assert command.main([]) == 0
     assert command.main(["--ship"]) == 0
     assert built == ["avx2", *build.FLAGS]
     assert len(list((tmp_path / "built").iterdir())) == len(build.FLAGS)
     assert "avx512_bf16.so" in capsys.readouterr().out
+
+
+def test_another_architecture_ships_nothing_and_says_so(
+    nothing_built: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    built = fake_compiler(monkeypatch)
+    monkeypatch.setattr(command.platform, "machine", lambda: "aarch64")
+    assert command.main(["--ship"]) == 0
+    assert built == []
+    assert "x86-64" in capsys.readouterr().out

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 from promptmux_kernels import dispatch, use_form
 from promptmux_kernels.triton_ops import configs, samples, tuner, warm_up
@@ -153,18 +154,58 @@ def test_a_variant_runs(small: Widths) -> None:
     samples.decode_step(small, 2, 3, 4, [1, 0])()
 
 
-def test_the_triton_form_answers_on_gpus_unless_a_gradient_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    class OnGpu:
-        is_cuda = True
-
-        def __init__(self, requires_grad: bool = False) -> None:
-            self.requires_grad = requires_grad
-
-    frozen, prompt, host = OnGpu(), OnGpu(requires_grad=True), torch.zeros(1)
-    assert dispatch._fastest((frozen, frozen)) == "triton"  # type: ignore[arg-type]
-    assert dispatch._fastest((frozen, prompt)) == "batched"  # type: ignore[arg-type]
-    assert dispatch._fastest((host,)) != "triton"
-    with torch.no_grad():
-        assert dispatch._fastest((frozen, prompt)) == "triton"  # type: ignore[arg-type]
+def test_gpus_are_answered_by_triton_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert dispatch._fastest(torch.device("cuda", 1)) == "triton"
+    assert dispatch._fastest(torch.device("cpu")) == "cpu"
     monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
-    assert dispatch._fastest((frozen,)) == "batched"  # type: ignore[arg-type]
+    assert dispatch._fastest(torch.device("cuda")) == "batched"
+
+
+def test_a_device_that_triton_cannot_serve_is_served_by_plain_pytorch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> int:
+        raise RuntimeError("no C compiler found")
+
+    monkeypatch.setattr(dispatch, "_refused", set())
+    monkeypatch.setattr(warm_up, "warm_up", fail)
+    assert prepare_gpu() == 0
+    assert "no C compiler found" in caplog.text
+    assert dispatch._fastest(torch.device("cuda")) == "batched"
+
+
+def test_a_directory_that_others_can_write_stops_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise tuner.UnsafeDirectory("chmod go-w it")
+
+    monkeypatch.setattr(warm_up, "warm_up", refuse)
+    with pytest.raises(tuner.UnsafeDirectory):
+        prepare_gpu()
+
+
+def prepare_gpu() -> int:
+    device = torch.device("cuda")
+    return dispatch.prepare(heads=1, head_dim=64, ffn_dim=64, dtype=torch.float16, device=device, tuned_in=None)
+
+
+def test_a_candidate_that_the_device_has_no_room_for_is_passed_over(tmp_path: Path) -> None:
+    bench = scripted(fastest=0)
+
+    def timer(call: tuner.Call) -> float:
+        time = bench.timer(call)
+        if bench.timed[-1] == candidates()[0]:
+            raise OutOfResources(200_000, 101_376, "shared memory")
+        return time
+
+    tuner.tune({SHAPE: bench.call}, "sm_90", tmp_path, "H100", timer)
+    assert configs._winners[("sm_90", SHAPE)] == candidates()[1]
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "3"])
+def test_a_torn_record_is_tuned_anew(tmp_path: Path, content: str) -> None:
+    for _ in range(2):
+        bench = scripted(fastest=1)
+        tuner.tune({SHAPE: bench.call}, "sm_90", tmp_path, "H100", bench.timer)
+        assert bench.timed == list(candidates())
+        (file,) = tmp_path.iterdir()
+        file.write_text(content)

@@ -5,16 +5,20 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 
-from promptmux_kernels.native.build import FLAGS, SOURCES, BuildError, build, capability, find_or_build
+from promptmux_kernels.native.build import BuildError, capability, find_or_build, ship
+
+X86_64 = ("x86_64", "AMD64")
 
 
 def main(arguments: list[str]) -> int:
     try:
-        if arguments == ["--ship"]:
-            for name in FLAGS:
-                print(build(name, SOURCES / "built"))
+        if platform.machine() not in X86_64:
+            print("The CPU ops are written for x86-64: the plain PyTorch form serves this machine.")
+        elif arguments == ["--ship"]:
+            print(*ship(), sep="\n")
         elif level := capability():
             print(find_or_build(level))
         else:

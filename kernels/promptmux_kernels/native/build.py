@@ -12,11 +12,13 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 SOURCES = Path(__file__).parent
+SHIPPED = SOURCES / "built"
 
 FLAGS = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
@@ -45,24 +47,34 @@ def capability() -> str | None:
 def find_or_build(level: str) -> Path:
     """Path of the library for an instruction set: shipped with the package, cached, or built now. Raises BuildError."""
     name = library_name(level)
-    shipped = SOURCES / "built"
-    if (shipped / name).exists() and is_safe(shipped, name):
-        return shipped / name
+    with suppress(OSError):  # a directory that this user may not enter is as good as none
+        if is_safe(SHIPPED, name):
+            return SHIPPED / name
     return build(level, cache_directory())
+
+
+def ship() -> list[Path]:
+    """Build for every instruction set beside the sources, for all users to read. Raises BuildError."""
+    libraries = [build(level, SHIPPED) for level in FLAGS]
+    SHIPPED.chmod(0o755)
+    return libraries
 
 
 def build(level: str, directory: Path) -> Path:
     """The library in `directory`, compiled unless it is there. Raises BuildError."""
     name = library_name(level)
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not is_safe(directory):
-        raise BuildError(f"{directory} can be written by others")
-    if not (directory / name).exists():
-        with tempfile.TemporaryDirectory(dir=directory) as folder:
-            unfinished = Path(folder, name)
-            _compile(level, unfinished)
-            unfinished.chmod(0o755)
-            unfinished.replace(directory / name)
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not is_safe(directory):
+            raise BuildError(f"{directory} can be written by others")
+        if not (directory / name).exists():
+            with tempfile.TemporaryDirectory(dir=directory) as folder:
+                unfinished = Path(folder, name)
+                _compile(level, unfinished)
+                unfinished.chmod(0o755)
+                unfinished.replace(directory / name)
+    except OSError as error:
+        raise BuildError(f"nothing can be kept in {directory}: {error}") from error
     if not is_safe(directory, name):
         raise BuildError(f"{directory / name} can be written by others")
     return directory / name
@@ -78,7 +90,11 @@ def library_name(level: str) -> str:
 
 
 def cache_directory() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """Where this user's libraries are kept. Raises BuildError for a user without a home."""
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:
+        raise BuildError("there is no home directory to keep a library in: set XDG_CACHE_HOME") from error
     return Path(base, "promptmux", "kernels")
 
 

@@ -89,7 +89,8 @@ def target(device: torch.device) -> str:
     if torch.version.hip:
         return "gfx942"
     major, _ = torch.cuda.get_device_capability(device)
-    return "sm_80" if major < 9 else "sm_90" if major < 10 else "sm_100"
+    families = {9: "sm_90", 10: "sm_100", 11: "sm_100"}
+    return families.get(major, "sm_80")  # sm_12x has an sm_89's shared memory and tensor instructions
 
 
 def candidates(where: str, shape: ShapeClass) -> tuple[Config, ...]:

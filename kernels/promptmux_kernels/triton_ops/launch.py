@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
@@ -49,8 +49,14 @@ def run(kernel: Any, grid: tuple[int, ...], config: Config, **arguments: Any) ->
         return
     if config.descriptor and torch.cuda.is_available():
         triton.set_allocator(_scratch)
-    # Said aloud because the default flips in triton 3.10, and with it the last bit of every score.
-    kernel[grid](**arguments, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True)
+    with on(next(x.device for x in arguments.values() if isinstance(x, Tensor))):
+        # Said aloud because the default flips in triton 3.10, and with it the last bit of every score.
+        kernel[grid](**arguments, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True)
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Make this the current device: triton starts kernels there, wherever their tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:

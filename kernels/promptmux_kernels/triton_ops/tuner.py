@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import math
 import os
 import stat
 import statistics
@@ -18,9 +20,12 @@ from typing import Any
 
 import torch
 import triton
+from triton.errors import TritonError
 
 from promptmux_kernels.triton_ops import configs
 from promptmux_kernels.triton_ops.configs import Config, ShapeClass
+
+log = logging.getLogger(__name__)
 
 Call = Callable[[], object]
 Timer = Callable[[Call], float]
@@ -48,8 +53,13 @@ def tune(calls: Mapping[ShapeClass, Call], where: str, directory: Path, device_n
 
 def _fastest(call: Call, candidates: tuple[Config, ...], timer: Timer) -> Config:
     def took(config: Config) -> float:
-        with configs.forced(config):
-            return timer(call)
+        """How long the call takes; for ever where the device has no room for it or the compiler gives up."""
+        try:
+            with configs.forced(config):
+                return timer(call)
+        except TritonError as error:
+            log.warning("kernel configuration passed over: %s: %s", config, error)
+            return math.inf
 
     return candidates[0] if len(candidates) == 1 else min(candidates, key=took)
 
@@ -95,7 +105,13 @@ class _Record:
         os.replace(file.name, self._file)
 
     def _entries(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self._file.read_text(encoding="utf-8")) if self._file.exists() else {}
+        if not self._file.exists():
+            return {}
+        try:
+            found: dict[str, Any] = dict(json.loads(self._file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            log.warning("%s cannot be read: kernels are tuned anew", self._file)
+            return {}
         return found
 
 

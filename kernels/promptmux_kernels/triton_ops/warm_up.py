@@ -21,14 +21,15 @@ PICTURE = 30 * 30
 
 def warm_up(widths: Widths, tuned_in: Path | None = None, timer: tuner.Timer = tuner.gpu_milliseconds) -> int:
     """Make every variant's first call; returns how many calls were made. With `tuned_in`, tune under that directory."""
-    if tuned_in is not None:
-        where = configs.target(widths.device)
-        name = torch.cuda.get_device_name(widths.device) if widths.device.type == "cuda" else where
-        tuner.tune(dict(tuned_calls(widths)), where, tuned_in, name, timer)
-    calls = list(variants(widths))
-    for call in calls:
-        call()
-    return len(calls)
+    with launch.on(widths.device):
+        if tuned_in is not None:
+            where = configs.target(widths.device)
+            name = torch.cuda.get_device_name(widths.device) if widths.device.type == "cuda" else where
+            tuner.tune(dict(tuned_calls(widths)), where, tuned_in, name, timer)
+        calls = list(variants(widths))
+        for call in calls:
+            call()
+        return len(calls)
 
 
 def tuned_calls(widths: Widths) -> Iterator[tuple[ShapeClass, Call]]:

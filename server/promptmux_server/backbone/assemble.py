@@ -18,7 +18,7 @@ def assemble(
 ) -> OFA:
     """Fold batch normalisation, fill the modules, freeze and move; the loader has checked names and shapes.
 
-    `packed` lays weights out for the CPU's products: for serving, where nothing is differentiated.
+    `packed` lays weights out for a CPU's products: for serving, where nothing is differentiated.
     """
     with torch.device("meta"):
         model = OFA(loaded.config, folded=True)
@@ -28,7 +28,7 @@ def assemble(
     channels_last(model.encoder.embed_images)
     if model.device.type == "cuda":
         model.encoder.factored_above = FACTORED_ABOVE
-    if packed:
+    if packed and model.device.type == "cpu":
         pack(model)
     return model
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -194,8 +195,8 @@ class Encoder(nn.Module):
     def _finished_biases(self, grid: Grid, text_length: int) -> tuple[Bias, ...]:
         """A frozen model's tables: dense, as the device reads them fastest, or in factors where that is too much."""
         config, weight = self.config, self.pos_q_linear.weight
-        tokens = grid[0] * grid[1] + text_length
-        dense_bytes = config.encoder_layers * config.heads * tokens**2 * weight.dtype.itemsize
+        # By the picture alone: the longest text of a batch must not decide how its neighbours' numbers are rounded.
+        dense_bytes = config.encoder_layers * config.heads * (grid[0] * grid[1]) ** 2 * weight.dtype.itemsize
         if self.factored_above is not None and dense_bytes > self.factored_above:
             return self._build_factors(grid, text_length)
         return tuple(pack_bias(table, weight.dtype) for table in self._build_biases(grid, text_length))
@@ -209,13 +210,13 @@ class Encoder(nn.Module):
         )
         query_code, key_code = (x.to(p.device) for x in relative_codes(grid, text_length, config.image_bucket_size))
         buckets = token_buckets(text_length, config.token_bucket_size, config.max_positions).to(p.device)
-        images = (2 * config.image_bucket_size - 1) ** 2
-        return tuple(
-            BiasFactors(
-                query, key, query_code, key_code, relative_table(image.weight[:images], text.weight, buckets).to(dtype)
-            )
-            for text, image in zip(self.token_rel_pos_table_list, self.image_rel_pos_table_list, strict=True)
+        texts, images = (
+            [cast("nn.Embedding", table).weight for table in tables]
+            for tables in (self.token_rel_pos_table_list, self.image_rel_pos_table_list)
         )
+        seen = (2 * config.image_bucket_size - 1) ** 2  # the last three entries are for generating images
+        relative = (relative_table(i[:seen], t, buckets).to(dtype) for t, i in zip(texts, images, strict=True))
+        return tuple(BiasFactors(query, key, query_code, key_code, table) for table in relative)
 
     def _build_biases(self, grid: Grid, text_length: int) -> tuple[Tensor, ...]:
         config = self.config

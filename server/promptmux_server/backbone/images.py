@@ -107,9 +107,13 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
 
 
 def preprocess(image: DecodedImage, size: int, mean: float, std: float) -> Tensor:
-    """The model's input (3, size, size) float32: bicubic resize, aspect not kept, then (x / 255 - mean) / std."""
+    """The model's input (3, size, size) float32: bicubic resize, aspect not kept, then (x / 255 - mean) / std.
+
+    Computed by numpy, on the calling thread alone: this runs beside the engine, whose products want every core, and
+    torch's count of threads cannot be lowered for one thread without lowering it for all.
+    """
     picture = Image.fromarray(image.rgb)
     if picture.size != (size, size):
         picture = picture.resize((size, size), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    return (pixels.float() / 255.0 - mean) / std
+    pixels = np.asarray(picture, dtype=np.float32).transpose(2, 0, 1)
+    return torch.from_numpy((pixels / 255.0 - mean) / std)

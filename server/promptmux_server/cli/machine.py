@@ -27,15 +27,19 @@ one that cannot grow (1364 faults)."""
 
 ALLOCATOR_VARIABLE = "GLIBC_TUNABLES"
 
+RESTARTED_VARIABLE = "_PROMPTMUX_RESTARTED"
+"""Marks the process that was started again. A loader may take the settings out of the environment (glibc does, of a
+privileged program); without this mark it would be started again for ever."""
+
 
 def tuned_environment(environment: Mapping[str, str], libc: str) -> dict[str, str] | None:
     """The environment to start again with, or None if this process may go on as it is.
 
     A variable that is set, even to nothing, is the user's choice: `GLIBC_TUNABLES= promptmux serve` changes nothing.
     """
-    if libc != "glibc" or ALLOCATOR_VARIABLE in environment:
+    if libc != "glibc" or ALLOCATOR_VARIABLE in environment or RESTARTED_VARIABLE in environment:
         return None
-    return {**environment, ALLOCATOR_VARIABLE: ALLOCATOR}
+    return {**environment, ALLOCATOR_VARIABLE: ALLOCATOR, RESTARTED_VARIABLE: "1"}
 
 
 def restart_tuned() -> None:

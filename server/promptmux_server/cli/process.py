@@ -61,7 +61,7 @@ def build_engine(settings: Settings) -> tuple[Engine, str]:
     )
     log.info("kernels ready", variants=ready)
     engine = Engine(
-        assemble(backbone, dtype=dtype, device=device, packed=device == "cpu"),
+        assemble(backbone, dtype=dtype, device=device, packed=True),
         tokenizer,
         backbone.fingerprint,
         prompt_directory(settings),

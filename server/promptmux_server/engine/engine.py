@@ -76,11 +76,7 @@ class Engine:
         self._registry = Registry(prompts, model.config, fingerprint, self._pools)
         self._queue: AdmissionQueue[_Ticket] = AdmissionQueue(queue_size)
         self._max_batch = max_batch
-        # Pictures are prepared beside the engine's products: one thread each, or two teams would fight for the cores.
-        self._threads = torch.get_num_threads()
-        self._preparing = ThreadPoolExecutor(
-            2, thread_name_prefix="promptmux-images", initializer=torch.set_num_threads, initargs=(1,)
-        )
+        self._preparing = ThreadPoolExecutor(2, thread_name_prefix="promptmux-images")
         self._thread = threading.Thread(target=self._run, name="promptmux-engine", daemon=True)
         self._running = 0
         self._stopping = False
@@ -173,7 +169,6 @@ class Engine:
     # -- the loop ---------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        torch.set_num_threads(self._threads)
         while tickets := self._queue.take(self._max_batch):
             ready = [ticket for ticket in tickets if self._may_start(ticket)]
             self._running = len(ready)

@@ -103,8 +103,8 @@ class Pretraining:
         names = names - names.mean(0)
         reading = names.T @ self.head.weight[colours]  # (d, C)
         loudness = 0.5 * projection(features).std() / (features @ reading.T).std()
-        projection.weight += loudness * reading
-        projection.bias += loudness * names.T @ self.head.bias[colours]
+        projection.weight.add_(loudness * reading)
+        projection.bias.add_(loudness * names.T @ self.head.bias[colours])
 
     def _token(self, word: str) -> int:
         """The token that a word begins with."""
