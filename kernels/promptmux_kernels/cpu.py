@@ -13,8 +13,20 @@ import torch
 from torch import Tensor
 
 from promptmux_kernels import batched, reference
+from promptmux_kernels.batched import norm_add_norm
 from promptmux_kernels.native import library_loaded
 from promptmux_kernels.rows import PAGE, Affine, BiasFactors, CrossMemory, PagedPrompts, Rows, SharedBias
+
+__all__ = [
+    "cross_decode_attention",
+    "gelu_norm",
+    "norm_add_norm",
+    "pack_bias",
+    "pack_memory",
+    "prefix_attention",
+    "prefix_decode_attention",
+    "write_cache",
+]
 
 log = logging.getLogger(__name__)
 
@@ -195,13 +207,6 @@ def write_cache(cache_key: Tensor, cache_value: Tensor, slots: Tensor, key: Tens
         batched.write_cache(cache_key, cache_value, slots, key, value)
         return
     torch.ops.promptmux_cpu.write_cache(cache_key, cache_value, slots, *(_adjacent(x) for x in (key, value)))
-
-
-def norm_add_norm(x: Tensor, y: Tensor, inner: Affine, outer: Affine, eps: float) -> tuple[Tensor, Tensor]:
-    if not _can_norm(x, y, *inner, *outer):
-        return batched.norm_add_norm(x, y, inner, outer, eps)
-    total, normed = torch.ops.promptmux_cpu.norm_add_norm(x, y, *inner, *outer, eps)
-    return total, normed
 
 
 def gelu_norm(x: Tensor, affine: Affine, eps: float) -> Tensor:

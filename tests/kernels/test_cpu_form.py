@@ -207,19 +207,13 @@ def test_a_selection_of_packed_memory_is_read_without_a_copy() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [64, 768, 3072])
-def test_fused_norms_equal_the_reference(width: int, dtype: torch.dtype) -> None:
-    x, y = (3 * normal(33, width, seed=seed, dtype=dtype) for seed in (1, 2))
-    inner, outer = ((normal(width, seed=s, dtype=dtype), normal(width, seed=s + 1, dtype=dtype)) for s in (3, 5))
-    total, normed = cpu.norm_add_norm(x, y, inner, outer, 1e-5)
-    wanted, _ = reference.norm_add_norm(*exact(x, y), tuple(exact(*inner)), tuple(exact(*outer)), 1e-5)  # type: ignore[arg-type]
+def test_a_fused_norm_equals_the_reference(width: int, dtype: torch.dtype) -> None:
+    x = 3 * normal(33, width, seed=1, dtype=dtype)
+    affine = (normal(width, seed=3, dtype=dtype), normal(width, seed=4, dtype=dtype))
     # One rounding of the result, and in float32 a few of numbers up to 16 (4 deviations, weights up to 4).
     rtol, atol = (2**-8, 2**-8) if dtype == torch.bfloat16 else (6e-7, 5e-6)
-    torch.testing.assert_close(total.float(), wanted, rtol=rtol, atol=atol)
-    # The second norm reads the sum as it was rounded.
-    again = torch.nn.functional.layer_norm(total.float(), (width,), *exact(*outer), 1e-5)
-    torch.testing.assert_close(normed.float(), again, rtol=rtol, atol=atol)
-    found = cpu.gelu_norm(x, inner, 1e-5)
-    expected = reference.gelu_norm(x.float(), tuple(exact(*inner)), 1e-5)  # type: ignore[arg-type]
+    found = cpu.gelu_norm(x, affine, 1e-5)
+    expected = reference.gelu_norm(x.float(), tuple(exact(*affine)), 1e-5)  # type: ignore[arg-type]
     torch.testing.assert_close(found.float(), expected, rtol=rtol, atol=atol)
 
 

@@ -119,19 +119,6 @@ void write_cache_op(Tensor cache_key, Tensor cache_value, const Tensor& slots, c
   copy(cache_value, value);
 }
 
-std::tuple<Tensor, Tensor> norm_add_norm_op(const Tensor& x, const Tensor& y, const Tensor& inner_weight,
-                                            const Tensor& inner_bias, const Tensor& outer_weight,
-                                            const Tensor& outer_bias, double eps) {
-  Tensor total = at::empty(x.sizes(), x.options()), normed = at::empty(x.sizes(), x.options());
-  by_type<BFloat16>(x, [&](auto element) {
-    using T = decltype(element);
-    const T* inner[2] = {inner_weight.const_data_ptr<T>(), inner_bias.const_data_ptr<T>()};
-    const T* outer[2] = {outer_weight.const_data_ptr<T>(), outer_bias.const_data_ptr<T>()};
-    norm_add_norm<T>(x, y, inner, outer, static_cast<float>(eps), total, normed);
-  });
-  return {total, normed};
-}
-
 Tensor gelu_norm_op(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps) {
   Tensor out = at::empty(x.sizes(), x.options());
   by_type<BFloat16>(x, [&](auto element) {
@@ -160,9 +147,6 @@ TORCH_LIBRARY(promptmux_cpu, library) {
       "float scale, Tensor head_scale) -> Tensor");
   library.def(
       "write_cache(Tensor(a!) cache_key, Tensor(b!) cache_value, Tensor slots, Tensor key, Tensor value) -> ()");
-  library.def(
-      "norm_add_norm(Tensor x, Tensor y, Tensor inner_weight, Tensor inner_bias, Tensor outer_weight, "
-      "Tensor outer_bias, float eps) -> (Tensor, Tensor)");
   library.def("gelu_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor");
 }
 
@@ -172,7 +156,6 @@ TORCH_LIBRARY_IMPL(promptmux_cpu, CPU, library) {
   library.impl("pack_memory", pack_memory_op);
   library.impl("cross_attention", cross_attention_op);
   library.impl("write_cache", write_cache_op);
-  library.impl("norm_add_norm", norm_add_norm_op);
   library.impl("gelu_norm", gelu_norm_op);
 }
 

@@ -1,4 +1,4 @@
-// LayerNorm fused with what surrounds it, one pass over memory each: at 7000 tokens these ops are memory, not arithmetic.
+// LayerNorm fused with the GELU before it, one pass over memory: at 7000 tokens this is memory, not arithmetic.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -37,29 +37,6 @@ inline Vec gelu(Vec x) {
   p = p * t + splat(0.254829592f);
   const Vec tail = p * t * exp(splat(0.f) - size * size);  // 1 - erf(size)
   return splat(0.5f) * x + splat(0.5f) * max(x, splat(0.f) - x) * (splat(1.f) - tail);
-}
-
-template <typename T>
-void norm_add_norm(const at::Tensor& x, const at::Tensor& y, const T* const inner[2], const T* const outer[2],
-                   float eps, at::Tensor& total, at::Tensor& normed) {
-  const int64_t dim = x.size(1);
-  at::parallel_for(0, x.size(0), 16, [&](int64_t begin, int64_t end) {
-    std::vector<float> row(dim);
-    for (int64_t i = begin; i < end; ++i) {
-      const T* from_x = x.const_data_ptr<T>() + i * x.stride(0);
-      const T* from_y = y.const_data_ptr<T>() + i * y.stride(0);
-      T* to_total = total.data_ptr<T>() + i * dim;
-      T* to_normed = normed.data_ptr<T>() + i * dim;
-      for (int64_t d = 0; d < dim; d += WIDTH) store(row.data() + d, load(from_y + d));
-      normalise(row.data(), dim, inner[0], inner[1], eps);
-      for (int64_t d = 0; d < dim; d += WIDTH) {
-        store(to_total + d, load(from_x + d) + load(row.data() + d));
-        store(row.data() + d, load(to_total + d));  // as rounded: what the next branch would read
-      }
-      normalise(row.data(), dim, outer[0], outer[1], eps);
-      for (int64_t d = 0; d < dim; d += WIDTH) store(to_normed + d, load(row.data() + d));
-    }
-  });
 }
 
 template <typename T>

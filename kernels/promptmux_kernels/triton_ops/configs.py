@@ -138,7 +138,7 @@ _NARROW: dict[str, _Lists] = {
         "sm_80": (Config(64, 64, 4, 2), Config(128, 64, 8, 2)),
         "sm_90": (Config(128, 64, 8, 2, True), Config(64, 64, 4, 2, True), Config(64, 64, 4, 2)),
         "sm_100": (Config(64, 64, 4, 2, True), Config(128, 64, 8, 2, True), Config(64, 64, 4, 2)),
-        "others": (Config(64, 64, 4, 2),),
+        "others": (Config(64, 32, 4, 2),),  # gfx942 spills 64 keys beside a decoder's float32 biases
     },
     "prefix_attention_factors": {"others": (Config(64, 64, 4, 2),)},
     "prefix_decode_attention": _DECODE,
@@ -150,9 +150,10 @@ _WIDE: dict[str, _Lists] = _NARROW | {
         "sm_80": (Config(64, 64, 4, 2),),
         "sm_90": (Config(64, 64, 4, 2, True), Config(128, 64, 8, 2, True)),
         "sm_100": (Config(128, 64, 8, 2, True), Config(64, 64, 4, 2, True)),
-        "others": (Config(64, 32, 4, 2),),
+        "others": (Config(64, 32, 4, 1),),
     },
-    "prefix_attention_factors": {"others": (Config(64, 32, 4, 2),)},
+    "prefix_attention_factors": {"others": (Config(64, 32, 4, 2),), "sm_100": (Config(64, 32, 4, 1),)},
+    "cross_prefill_attention": _CROSS_PREFILL | {"gfx942": (Config(32, 64, 4, 1),)},
     "cross_decode_attention": {
         "others": (Config(16, 64, 4, 2), Config(16, 64, 4, 3)),
         "gfx942": (Config(16, 64, 4, 4),),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
 
@@ -13,6 +14,8 @@ from rich.table import Table
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 UrlOption = Annotated[str, typer.Option("--url", help="The server's address.", envvar="PROMPTMUX_URL")]
 DEFAULT_URL = "http://127.0.0.1:8000"
+WIDE = 240
+"""Columns of a table that no terminal shows."""
 
 
 def print_json(value: Any) -> None:
@@ -23,7 +26,8 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     table = Table(*columns, box=None, header_style="bold")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    # A file or a pipe has no width of its own, and the 80 columns taken in its place would break every line.
+    Console(width=None if sys.stdout.isatty() else WIDE).print(table)
 
 
 def fail(message: str) -> NoReturn:
