@@ -53,6 +53,8 @@ class Settings(BaseSettings):
     max_batch: Count = 32
     queue_size: Count = 256
     """Items admitted at one time, whoever sent them; beyond it 503."""
+    image_cache_bytes: Annotated[int, Field(ge=0)] = 256 * MIB
+    """Pictures that the vision stem has seen, kept for other requests about them; 0 keeps none."""
     default_deadline_ms: Count = 10_000
     max_deadline_ms: Count = 60_000
 

@@ -6,7 +6,15 @@ import threading
 import time
 from concurrent.futures import Future
 
-from promptmux_server.engine.request import Answer, EngineLoad, PromptRef, ReloadReport, Request, TaskStatus
+from promptmux_server.engine.request import (
+    Answer,
+    EngineLoad,
+    ImageCacheStats,
+    PromptRef,
+    ReloadReport,
+    Request,
+    TaskStatus,
+)
 from promptmux_server.errors import (
     DeadlineExceeded,
     InvalidParameter,
@@ -79,7 +87,7 @@ class FakeEngine:
         return self.healthy
 
     def load(self) -> EngineLoad:
-        return EngineLoad(waiting=0, running=0)
+        return EngineLoad(waiting=0, running=0, images=ImageCacheStats())
 
     def stop(self, drain_timeout_s: float) -> None:
         self.stopped_with = drain_timeout_s

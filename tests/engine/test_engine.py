@@ -13,8 +13,11 @@ import pytest
 import torch
 
 import tiny
+from promptmux_kernels import PAGE
 from promptmux_server.backbone.images import DecodedImage, from_array
+from promptmux_server.engine import prompt_table
 from promptmux_server.engine.engine import Engine
+from promptmux_server.engine.prompt_table import PagePool
 from promptmux_server.engine.request import Request
 from promptmux_server.engine.runner import RunningBatch
 from promptmux_server.errors import (
@@ -274,6 +277,22 @@ def test_a_reload_serves_new_versions_and_frees_old_ones(start: Start, tmp_path:
         engine.submit(ask("b"))
     # a (1 page) and new (1 page) instead of a (1 page) and b (2 pages): the old version of a is gone with its request
     assert engine._pools.encoder.used == used - 1
+
+
+def test_a_batch_built_while_the_pool_grows_sees_keys_and_values_of_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = PagePool(1, tiny.config(), torch.float32, torch.device("cpu"))
+    sizes: list[tuple[torch.Size, torch.Size]] = []
+    original = torch.cat
+
+    def cat(*arguments: object, **options: object) -> torch.Tensor:
+        batch = pool.batch([((0,), 1)])
+        sizes.append((batch.key.shape, batch.value.shape))
+        return original(*arguments, **options)  # type: ignore[arg-type, call-overload, no-any-return]
+
+    monkeypatch.setattr(prompt_table.torch, "cat", cat)
+    pool.store(*(torch.ones(1, tiny.config().heads, 4 * PAGE, tiny.config().head_dim) for _ in range(2)))
+    assert len(sizes) >= 4
+    assert all(key == value for key, value in sizes)
 
 
 def test_a_file_that_turns_bad_keeps_its_good_version(start: Start, tmp_path: Path) -> None:

@@ -19,11 +19,9 @@ PREFILL = ("prefix_attention", "prefix_attention, texts", "prefix_attention, fac
 TILED = (*PREFILL, "prefix_decode_attention", "cross_decode_attention", "cross_decode_attention, in parts")
 
 SINGLE_BLOCK = {
-    ("gfx942", 64): "two tiles of float32 scores and the bias sit in the vector registers; 4 waves are one per SIMD",
-    ("gfx942", 80): "128 lanes double the accumulators of head dim 64",
+    ("gfx942", 64): "factored biases are a second tile of float32 scores in the vector registers",
+    ("gfx942", 80): "factored biases as at head dim 64, beside accumulators of 128 lanes",
     ("sm_100", 80): "128 lanes double the accumulators; 8 warps a block",
-    ("sm_90", 80): "three tiles of 128 lanes in shared memory",
-    ("sm_80", 80): "three tiles of 128 lanes in shared memory",
 }
 """Why a prefill kernel may have only one block per processor: (target, head dim) -> reason."""
 

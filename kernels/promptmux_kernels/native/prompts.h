@@ -23,7 +23,7 @@ struct PromptPages {
         columns(pages.size(1)),
         heads(pool_key.size(1)),
         dim(pool_key.size(3)) {
-    TORCH_CHECK(pool_key.size(2) == PAGE && pool_value.sizes() == pool_key.sizes(), "pages must hold ", PAGE, " keys");
+    TORCH_CHECK(pool_key.size(2) == PAGE && pool_value.sizes() == pool_key.sizes(), "K and V pages must be alike and hold ", PAGE, " keys");
   }
 
   // Where prompt position j of a row begins in either pool, for one head.

@@ -152,7 +152,7 @@ _WIDE: dict[str, _Lists] = _NARROW | {
         "sm_100": (Config(128, 64, 8, 2, True), Config(64, 64, 4, 2, True)),
         "others": (Config(64, 32, 4, 1),),
     },
-    "prefix_attention_factors": {"others": (Config(64, 32, 4, 2),), "sm_100": (Config(64, 32, 4, 1),)},
+    "prefix_attention_factors": {"others": (Config(64, 32, 4, 2),), "sm_100": (Config(64, 32, 8, 2),)},
     "cross_prefill_attention": _CROSS_PREFILL | {"gfx942": (Config(32, 64, 4, 1),)},
     "cross_decode_attention": {
         "others": (Config(16, 64, 4, 2), Config(16, 64, 4, 3)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.types import Scope
 
@@ -68,3 +68,10 @@ class _LoadCollector(Collector):
         load = self._engine.load()
         yield GaugeMetricFamily("promptmux_num_requests_waiting", "Items in the queue.", value=load.waiting)
         yield GaugeMetricFamily("promptmux_num_requests_running", "Items in the running batch.", value=load.running)
+        images = load.images
+        yield GaugeMetricFamily("promptmux_image_cache_bytes", "Image tokens kept, in bytes.", value=images.bytes)
+        yield GaugeMetricFamily("promptmux_image_cache_pictures", "Pictures kept.", value=images.pictures)
+        yield CounterMetricFamily("promptmux_image_cache_hits", "Pictures found at admission.", value=images.hits)
+        yield CounterMetricFamily(
+            "promptmux_image_cache_misses", "Pictures not found at admission.", value=images.misses
+        )

@@ -67,6 +67,7 @@ def build_engine(settings: Settings) -> tuple[Engine, str]:
         prompt_directory(settings),
         queue_size=settings.queue_size,
         max_batch=settings.max_batch,
+        image_cache_bytes=settings.image_cache_bytes,
     )
     return engine, config.name
 

@@ -22,6 +22,7 @@ from promptmux_server.backbone.images import preprocess
 from promptmux_server.backbone.model import OFA
 from promptmux_server.backbone.tokenizer import Tokenizer
 from promptmux_server.engine.decoding import Search, make_search
+from promptmux_server.engine.image_cache import ImageCache, ImageKey
 from promptmux_server.engine.prompt_table import PromptPools
 from promptmux_server.engine.registry import Registry, ServedTask
 from promptmux_server.engine.request import Answer, EngineLoad, ReloadReport, Request, TaskStatus
@@ -46,12 +47,17 @@ PICTURES_PER_STEM_PASS = 8
 
 @dataclass(eq=False)
 class _Ticket:
-    """A request between admission and answer. `pixels` becomes the model's input, (3, S, S)."""
+    """A request between admission and answer.
+
+    Its picture is `seen` if the cache had it at admission; else `pixels` becomes the model's input, (3, S, S).
+    """
 
     request: Request
     task: ServedTask
     item: EncodedItem
     search: Search
+    picture: ImageKey | None
+    seen: ImageTokens | None
     pixels: Future[Tensor] | None
     future: Future[Answer]
     admitted: float
@@ -70,12 +76,14 @@ class Engine:
         *,
         queue_size: int = 256,
         max_batch: int = 32,
+        image_cache_bytes: int = 0,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._pools = PromptPools(model.config, model.dtype, model.device)
         self._registry = Registry(prompts, model.config, fingerprint, self._pools)
         self._queue: AdmissionQueue[_Ticket] = AdmissionQueue(queue_size)
         self._max_batch = max_batch
+        self._images = ImageCache(image_cache_bytes)
         self._preparing = ThreadPoolExecutor(2, thread_name_prefix="promptmux-images")
         self._thread = threading.Thread(target=self._run, name="promptmux-engine", daemon=True)
         self._running = 0
@@ -108,9 +116,8 @@ class Engine:
         except PromptmuxError:
             ticket.future.cancel()
             raise
-        if request.image is not None:
-            spec = task.spec
-            self._preparing.submit(_prepare, ticket, spec.image_size, spec.image_mean, spec.image_std)
+        if ticket.pixels is not None:
+            self._preparing.submit(_prepare, ticket)
         return ticket.future
 
     def tasks(self) -> list[TaskStatus]:
@@ -126,7 +133,7 @@ class Engine:
         return self._thread.is_alive() or self._stopping
 
     def load(self) -> EngineLoad:
-        return EngineLoad(waiting=len(self._queue), running=self._running)
+        return EngineLoad(waiting=len(self._queue), running=self._running, images=self._images.stats())
 
     def stop(self, drain_timeout_s: float) -> None:
         """Refuse new work, finish what is admitted for up to the given time, then fail the rest with `Draining`."""
@@ -150,12 +157,18 @@ class Engine:
         params = spec.decoding.merged(request.decoding or {})
         item = encode_item(spec, self._tokenizer, request.text, request.premise)
         self._check_lengths(item, params)
+        picture = None
+        if request.image is not None:
+            picture = ImageKey(request.image.digest, spec.image_size, spec.image_mean, spec.image_std)
+        seen = self._images.get(picture) if picture else None
         return _Ticket(
             request=request,
             task=task,
             item=item,
             search=make_search(params, candidates=item.candidates, prefix=item.prefix_ids),
-            pixels=Future() if request.image is not None else None,
+            picture=picture,
+            seen=seen,
+            pixels=Future() if picture and seen is None else None,
             future=Future(),
             admitted=time.monotonic(),
         )
@@ -202,12 +215,12 @@ class Engine:
             self._settle(tickets, batch, clock)
 
     def _see(self, tickets: Sequence[_Ticket]) -> tuple[list[_Ticket], list[ImageTokens | None]]:
-        """Run the stem once per distinct picture; a ticket whose picture cannot be prepared fails alone."""
-        keys: dict[tuple[object, ...], Tensor] = {}
-        seen: list[tuple[_Ticket, tuple[object, ...] | None]] = []
+        """Run the stem once per distinct new picture; a ticket whose picture cannot be prepared fails alone."""
+        fresh: dict[ImageKey, Tensor] = {}
+        prepared: list[_Ticket] = []
         for ticket in tickets:
-            if ticket.pixels is None or ticket.request.image is None:
-                seen.append((ticket, None))
+            if ticket.picture is None or ticket.pixels is None:
+                prepared.append(ticket)
                 continue
             try:
                 pixels = ticket.pixels.result(timeout=max(0.0, ticket.request.deadline - time.monotonic()))
@@ -217,27 +230,25 @@ class Engine:
             except Exception as error:
                 _fail(ticket, error if isinstance(error, PromptmuxError) else Internal("The picture was not prepared."))
                 continue
-            spec = ticket.task.spec
-            key = (ticket.request.image.digest, spec.image_size, spec.image_mean, spec.image_std)
-            keys[key] = pixels
-            seen.append((ticket, key))
-        tokens = self._stem(keys)
-        now = time.monotonic()
-        for ticket, _ in seen:
-            ticket.started = min(ticket.started, now)
-        return [ticket for ticket, _ in seen], [None if key is None else tokens[key] for _, key in seen]
+            fresh[ticket.picture] = pixels
+            prepared.append(ticket)
+        tokens = self._stem(fresh)
+        images = [ticket.seen or (tokens[ticket.picture] if ticket.picture else None) for ticket in prepared]
+        return prepared, images
 
-    def _stem(self, pictures: dict[tuple[object, ...], Tensor]) -> dict[tuple[object, ...], ImageTokens]:
-        """Pictures of one size share a pass of the stem."""
-        by_shape: dict[torch.Size, list[tuple[object, ...]]] = {}
+    def _stem(self, pictures: dict[ImageKey, Tensor]) -> dict[ImageKey, ImageTokens]:
+        """Pictures of one size share a pass of the stem; what it says is kept for later requests."""
+        by_shape: dict[torch.Size, list[ImageKey]] = {}
         for key, pixels in pictures.items():
             by_shape.setdefault(pixels.shape, []).append(key)
-        tokens: dict[tuple[object, ...], ImageTokens] = {}
+        tokens: dict[ImageKey, ImageTokens] = {}
         for keys in by_shape.values():
             for start in range(0, len(keys), PICTURES_PER_STEM_PASS):
                 part = keys[start : start + PICTURES_PER_STEM_PASS]
                 found = self._model.image_tokens(torch.stack([pictures[key] for key in part]))
                 tokens.update(zip(part, found, strict=True))
+        for key, image in tokens.items():
+            self._images.put(key, image)
         return tokens
 
     # -- endings ----------------------------------------------------------------------------------------------------
@@ -305,12 +316,14 @@ class _Clock:
         self.marks[stage] = time.monotonic()
 
 
-def _prepare(ticket: _Ticket, size: int, mean: float, std: float) -> None:
+def _prepare(ticket: _Ticket) -> None:
     """Resize and normalise a ticket's picture, off the engine's thread."""
     assert ticket.pixels is not None
+    assert ticket.picture is not None
     assert ticket.request.image is not None
+    how = ticket.picture
     try:
-        ticket.pixels.set_result(preprocess(ticket.request.image, size, mean, std))
+        ticket.pixels.set_result(preprocess(ticket.request.image, how.size, how.mean, how.std))
     except Exception as error:
         ticket.pixels.set_exception(error)
 

@@ -37,9 +37,18 @@ class PagePool:
     """Pages of prompt K and V of one side, (L, pages, H, PAGE, D) each; grows by doubling, zeroes what is freed."""
 
     def __init__(self, layers: int, config: BackboneConfig, dtype: torch.dtype, device: torch.device) -> None:
-        self.key = torch.zeros(layers, 1, config.heads, PAGE, config.head_dim, dtype=dtype, device=device)
-        self.value = torch.zeros_like(self.key)
+        key = torch.zeros(layers, 1, config.heads, PAGE, config.head_dim, dtype=dtype, device=device)
+        self._pools = (key, torch.zeros_like(key))
+        """K and V as one value: a batch built while another thread lets the pool grow must see both or neither."""
         self._free = [0]
+
+    @property
+    def key(self) -> Tensor:
+        return self._pools[0]
+
+    @property
+    def value(self) -> Tensor:
+        return self._pools[1]
 
     @property
     def used(self) -> int:
@@ -66,15 +75,16 @@ class PagePool:
 
     def _grow(self) -> None:
         pages = self.key.shape[1]
-        self.key = torch.cat([self.key, torch.zeros_like(self.key)], dim=1)
-        self.value = torch.cat([self.value, torch.zeros_like(self.value)], dim=1)
+        key, value = (torch.cat([pool, torch.zeros_like(pool)], dim=1) for pool in self._pools)
+        self._pools = (key, value)
         self._free.extend(range(2 * pages - 1, pages - 1, -1))
 
     def batch(self, rows: Sequence[tuple[tuple[int, ...], int]]) -> PromptBatch:
         """The pool as a batch reads it: (pages, length) of each row."""
+        key, value = self._pools
         width = max(1, *(len(pages) for pages, _ in rows))
-        table = torch.tensor([[*pages, *(0,) * (width - len(pages))] for pages, _ in rows], device=self.key.device)
-        return PromptBatch(self.key, self.value, table, tuple(length for _, length in rows))
+        table = torch.tensor([[*pages, *(0,) * (width - len(pages))] for pages, _ in rows], device=key.device)
+        return PromptBatch(key, value, table, tuple(length for _, length in rows))
 
 
 class PromptPools:

@@ -104,11 +104,22 @@ class ReloadReport:
 
 
 @dataclass(frozen=True)
+class ImageCacheStats:
+    """What the image cache holds now, and how often a picture was found there at admission."""
+
+    bytes: int = 0
+    pictures: int = 0
+    hits: int = 0
+    misses: int = 0
+
+
+@dataclass(frozen=True)
 class EngineLoad:
-    """How busy the engine is at this moment."""
+    """How busy the engine is at this moment, and how full its image cache."""
 
     waiting: int
     running: int
+    images: ImageCacheStats
 
 
 class EnginePort(Protocol):
