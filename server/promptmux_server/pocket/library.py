@@ -49,9 +49,9 @@ KINDS: dict[TaskName, Kind] = {
 }
 RECIPES: dict[TaskName, TuningRecipe] = {
     "scene-caption": TuningRecipe(steps=300),
-    "scene-vqa": TuningRecipe(steps=1500),
-    "scene-entailment": TuningRecipe(steps=1000),
-    "scene-grounding": TuningRecipe(steps=1000),
+    "scene-vqa": TuningRecipe(steps=1600),
+    "scene-entailment": TuningRecipe(steps=700),
+    "scene-grounding": TuningRecipe(steps=1600),
 }
 BEGIN_TEXTS: dict[TaskName, str] = {
     "scene-caption": " what does the image describe?",
@@ -60,7 +60,7 @@ BEGIN_TEXTS: dict[TaskName, str] = {
     "scene-grounding": " where is ?",
 }
 """Pretraining's words for the nearest thing that a task asks; the prompt begins as their keys and values."""
-ROWS = 64
+ROWS = 48
 """Examples a step."""
 
 

@@ -40,7 +40,7 @@ def pocket_config(text_vocab_size: int) -> BackboneConfig:
 class Recipe:
     """Pretraining: one step asks `texts` questions of each of `images` pictures, so that the stem is shared."""
 
-    steps: int = 1150
+    steps: int = 2700
     images: int = 16
     texts: int = 5
     described_steps: int = 0

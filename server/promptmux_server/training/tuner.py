@@ -37,8 +37,8 @@ class TuningRecipe:
     encoder_length: int = 32
     decoder_length: int = 32
     steps: int = 500
-    learning_rate: float = 0.1
-    """Above the paper's 0.03: in a few hundred steps a prompt must grow from N(0, 0.02) to the size of real keys."""
+    learning_rate: float = 0.05
+    """Above the paper's 0.03: in a few hundred steps noise of N(0, 0.02) must grow to the size of real keys."""
     warmup: float = 0.06
     prompt_dropout: float = 0.0
     """The released recipe has 0.2, which pays over 40 epochs and more, not over the few hundred steps used here."""
