@@ -102,7 +102,7 @@ def test_a_patch_begins_close_to_the_word_that_the_lesson_gave_it(lesson: Path, 
     training = pretraining(lesson, tmp_path)
     encoder, head = training.model.encoder, training.head
     feature = head.weight[WORDS.index("dog")].detach()
-    patch = encoder.image_proj(feature) - encoder.image_proj.bias
+    patch = (encoder.image_proj(feature) - encoder.image_proj.bias).detach()
     names = {word: encoder.embed_tokens.weight[training.tokenizer.encode(f" {word}")[0]] for word in ("dog", "cat")}
     likeness = {word: float(torch.cosine_similarity(patch, name, dim=0)) for word, name in names.items()}
     assert likeness["dog"] > 0.5 > likeness["cat"]
