@@ -98,11 +98,12 @@ def test_a_run_may_go_on_from_a_backbone_directory(tmp_path: Path) -> None:
     assert all(torch.equal(begun[name], tensor.float()) for name, tensor in shipped.items())
 
 
+@torch.no_grad()
 def test_a_patch_begins_close_to_the_word_that_the_lesson_gave_it(lesson: Path, tmp_path: Path) -> None:
     training = pretraining(lesson, tmp_path)
     encoder, head = training.model.encoder, training.head
     feature = head.weight[WORDS.index("dog")].detach()
-    patch = (encoder.image_proj(feature) - encoder.image_proj.bias).detach()
+    patch = encoder.image_proj(feature) - encoder.image_proj.bias
     names = {word: encoder.embed_tokens.weight[training.tokenizer.encode(f" {word}")[0]] for word in ("dog", "cat")}
     likeness = {word: float(torch.cosine_similarity(patch, name, dim=0)) for word, name in names.items()}
     assert likeness["dog"] > 0.5 > likeness["cat"]
