@@ -48,7 +48,7 @@ KINDS: dict[TaskName, Kind] = {
     "scene-grounding": "box",
 }
 RECIPES: dict[TaskName, TuningRecipe] = {
-    "scene-caption": TuningRecipe(steps=300),
+    "scene-caption": TuningRecipe(steps=600),
     "scene-vqa": TuningRecipe(steps=1600),
     "scene-entailment": TuningRecipe(steps=700),
     "scene-grounding": TuningRecipe(steps=1600),
