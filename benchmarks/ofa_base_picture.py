@@ -121,9 +121,7 @@ def main() -> None:
         prompts.mkdir()
         prompt = caption_prompt(config, backbone.fingerprint, arguments.prompt_length)
         (prompts / "caption.safetensors").write_bytes(write_prompt(prompt))
-        assert backbone.tokenizer_dir is not None
-        tokenizer = Tokenizer.load(backbone.tokenizer_dir, num_codes=config.num_codes, num_bins=config.num_bins)
-        engine = Engine(model, tokenizer, backbone.fingerprint, prompts, max_batch=arguments.batch)
+        engine = Engine(model, backbone.tokenizer(), backbone.fingerprint, prompts, max_batch=arguments.batch)
         engine.start()
         ask(engine, 1)
         seconds, stages = [], []

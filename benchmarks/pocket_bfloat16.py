@@ -10,43 +10,35 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
-import time
 from concurrent.futures import Future
 from pathlib import Path
 
 import torch
 
 from promptmux_server.backbone.assemble import assemble
-from promptmux_server.backbone.images import from_array
-from promptmux_server.backbone.tokenizer import Tokenizer
 from promptmux_server.backbone.weights import load_backbone
 from promptmux_server.engine.engine import Engine
-from promptmux_server.engine.request import Answer, Output, Request
+from promptmux_server.engine.request import Answer, Output
 from promptmux_server.errors import NoBoxFound
 from promptmux_server.pocket import LIBRARY, WEIGHTS
 from promptmux_server.pocket.dataset import SceneDataset
-from promptmux_server.pocket.samples import TASKS, TaskName, task_sample
-from promptmux_server.pocket.scores import intersection_over_union
+from promptmux_server.pocket.samples import TASKS, TaskName
+from promptmux_server.pocket.scores import WAITING, intersection_over_union, task_item
 from promptmux_server.tasks import BoxOutput, LabelOutput
-
-WAITING = 64
 
 
 def answers(dtype: torch.dtype, data: SceneDataset, count: int) -> dict[TaskName, list[Output | None]]:
     """Every task's answers about the first pictures, computed in one element type; None where no box was found."""
     backbone = load_backbone(WEIGHTS)
-    assert backbone.tokenizer_dir is not None
-    config = backbone.config
-    tokenizer = Tokenizer.load(backbone.tokenizer_dir, num_codes=config.num_codes, num_bins=config.num_bins)
     model = assemble(backbone, dtype=dtype, packed=True)
-    engine = Engine(model, tokenizer, backbone.fingerprint, LIBRARY, queue_size=2 * WAITING)
+    engine = Engine(model, backbone.tokenizer(), backbone.fingerprint, LIBRARY)
     engine.start()
     found: dict[TaskName, list[Output | None]] = {}
     for task in TASKS:
         found[task] = []
         for start in range(0, count, WAITING):
-            futures = [engine.submit(request(task, data, i)) for i in range(start, min(start + WAITING, count))]
+            items = [task_item(task, data, index) for index in range(start, min(start + WAITING, count))]
+            futures = [engine.submit(item.request) for item in items]
             found[task] += [output(future) for future in futures]
     engine.stop(5.0)
     return found
@@ -57,14 +49,6 @@ def output(future: Future[Answer]) -> Output | None:
         return future.result().output
     except NoBoxFound:
         return None
-
-
-def request(task: TaskName, data: SceneDataset, index: int) -> Request:
-    pixels, scene = data[index]
-    text = task_sample(task, scene, random.Random(scene.seed)).text
-    return Request(
-        request_id=str(index), task=task, text=text, image=from_array(pixels), deadline=time.monotonic() + 600.0
-    )
 
 
 def agreement(task: TaskName, exact: list[Output | None], rounded: list[Output | None]) -> dict[str, object]:

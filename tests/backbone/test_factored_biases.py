@@ -44,12 +44,11 @@ def test_tables_beyond_the_budget_stay_in_factors_and_change_no_state(model: OFA
 
 def test_the_longest_text_of_a_batch_does_not_decide_on_factors(model: OFA) -> None:
     config = model.config
-    model.encoder.factored_above = (
-        config.encoder_layers * config.heads * (4 * 4) ** 2 * 4
-    )  # the picture's part, exactly
+    picture_bytes = config.encoder_layers * config.heads * (4 * 4) ** 2 * 4
+    model.encoder.factored_above = picture_bytes
     for text_length in (32, 128):
         assert not isinstance(model.encoder.biases((4, 4), text_length)[0], BiasFactors)
-    model.encoder.factored_above -= 1
+    model.encoder.factored_above = picture_bytes - 1
     model.encoder._biases.clear()
     for text_length in (32, 128):
         assert isinstance(model.encoder.biases((4, 4), text_length)[0], BiasFactors)

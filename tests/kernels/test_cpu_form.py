@@ -379,4 +379,5 @@ def test_gradients_flow_where_they_are_asked_for() -> None:
         assert case["prompts"].key.grad is not None
         with torch.no_grad():
             served, _ = prefix_attention(q, k, v, causal=False, **case)
+    assert not served.requires_grad
     torch.testing.assert_close(served, out.detach(), atol=1e-5, rtol=0)

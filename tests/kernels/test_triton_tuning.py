@@ -11,7 +11,7 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from promptmux_kernels import dispatch, use_form
+from promptmux_kernels import batched, dispatch, triton_ops, use_form
 from promptmux_kernels.triton_ops import configs, samples, tuner, warm_up
 from promptmux_kernels.triton_ops.configs import Config, ShapeClass
 from promptmux_kernels.triton_ops.samples import Widths
@@ -159,6 +159,15 @@ def test_gpus_are_answered_by_triton_where_it_is_installed(monkeypatch: pytest.M
     assert dispatch._fastest(torch.device("cpu")) == "cpu"
     monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
     assert dispatch._fastest(torch.device("cuda")) == "batched"
+
+
+def test_triton_answers_unless_a_gradient_is_wanted() -> None:
+    frozen, prompt = torch.zeros(1), torch.zeros(1, requires_grad=True)
+    with use_form("triton"):
+        assert dispatch._form(frozen, frozen) is triton_ops
+        assert dispatch._form(frozen, prompt) is batched
+        with torch.no_grad():
+            assert dispatch._form(frozen, prompt) is triton_ops
 
 
 def test_a_device_that_triton_cannot_serve_is_served_by_plain_pytorch(

@@ -15,11 +15,10 @@ from promptmux_server.api.app import build_app
 from promptmux_server.api.keys import Keys
 from promptmux_server.api.serving import serve
 from promptmux_server.backbone.assemble import assemble, serving_dtype
-from promptmux_server.backbone.tokenizer import Tokenizer
 from promptmux_server.backbone.weights import load_backbone
 from promptmux_server.cli.machine import usable_cores
 from promptmux_server.engine.engine import Engine
-from promptmux_server.errors import BackboneFileError, BackboneNotFound
+from promptmux_server.errors import BackboneNotFound
 from promptmux_server.pocket import LIBRARY, WEIGHTS
 from promptmux_server.settings import Settings
 
@@ -45,12 +44,7 @@ def build_engine(settings: Settings) -> tuple[Engine, str]:
     device = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
     dtype = serving_dtype(device) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     backbone = load_backbone(WEIGHTS if settings.backbone == "pocket" else Path(settings.backbone))
-    if backbone.tokenizer_dir is None:
-        raise BackboneFileError("The backbone has no tokenizer: put vocab.json and merges.txt beside its weights.")
-    config = backbone.config
-    tokenizer = Tokenizer.load(backbone.tokenizer_dir, num_codes=config.num_codes, num_bins=config.num_bins)
-    if tokenizer.first_bin_id != config.first_bin_id:
-        raise BackboneFileError("The tokenizer's vocabulary is not the size that the backbone's configuration says.")
+    config, tokenizer = backbone.config, backbone.tokenizer()
     ready = prepare(
         heads=config.heads,
         head_dim=config.head_dim,

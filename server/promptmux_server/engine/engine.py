@@ -11,14 +11,14 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from promptmux_server.backbone.encoder import ImageTokens
-from promptmux_server.backbone.images import preprocess
+from promptmux_server.backbone.images import DecodedImage, preprocess
 from promptmux_server.backbone.model import OFA
 from promptmux_server.backbone.tokenizer import Tokenizer
 from promptmux_server.engine.decoding import Search, make_search
@@ -37,7 +37,7 @@ from promptmux_server.errors import (
     NonfiniteOutput,
     PromptmuxError,
 )
-from promptmux_server.tasks import EncodedItem, decode_outcome, encode_item
+from promptmux_server.tasks import EncodedItem, TaskSpec, decode_outcome, encode_item
 from promptmux_server.tasks.decoding import DecodingParams
 
 log = logging.getLogger(__name__)
@@ -45,20 +45,25 @@ log = logging.getLogger(__name__)
 PICTURES_PER_STEM_PASS = 8
 
 
+@dataclass(frozen=True, eq=False)
+class _Picture:
+    """A request's picture: `seen` by the stem already, or else on its way to the model's input, `pixels` (3, S, S)."""
+
+    image: DecodedImage
+    key: ImageKey
+    seen: ImageTokens | None
+    pixels: Future[Tensor] = field(default_factory=Future)
+
+
 @dataclass(eq=False)
 class _Ticket:
-    """A request between admission and answer.
-
-    Its picture is `seen` if the cache had it at admission; else `pixels` becomes the model's input, (3, S, S).
-    """
+    """A request between admission and answer."""
 
     request: Request
     task: ServedTask
     item: EncodedItem
     search: Search
-    picture: ImageKey | None
-    seen: ImageTokens | None
-    pixels: Future[Tensor] | None
+    picture: _Picture | None
     future: Future[Answer]
     admitted: float
     started: float = 0.0
@@ -116,8 +121,8 @@ class Engine:
         except PromptmuxError:
             ticket.future.cancel()
             raise
-        if ticket.pixels is not None:
-            self._preparing.submit(_prepare, ticket)
+        if ticket.picture and ticket.picture.seen is None:
+            self._preparing.submit(_prepare, ticket.picture)
         return ticket.future
 
     def tasks(self) -> list[TaskStatus]:
@@ -157,21 +162,19 @@ class Engine:
         params = spec.decoding.merged(request.decoding or {})
         item = encode_item(spec, self._tokenizer, request.text, request.premise)
         self._check_lengths(item, params)
-        picture = None
-        if request.image is not None:
-            picture = ImageKey(request.image.digest, spec.image_size, spec.image_mean, spec.image_std)
-        seen = self._images.get(picture) if picture else None
         return _Ticket(
             request=request,
             task=task,
             item=item,
             search=make_search(params, candidates=item.candidates, prefix=item.prefix_ids),
-            picture=picture,
-            seen=seen,
-            pixels=Future() if picture and seen is None else None,
+            picture=self._picture(request.image, spec) if request.image else None,
             future=Future(),
             admitted=time.monotonic(),
         )
+
+    def _picture(self, image: DecodedImage, spec: TaskSpec) -> _Picture:
+        key = ImageKey(image.digest, spec.image_size, spec.image_mean, spec.image_std)
+        return _Picture(image, key, self._images.get(key))
 
     def _check_lengths(self, item: EncodedItem, params: DecodingParams) -> None:
         limit = self._model.config.max_positions
@@ -219,22 +222,23 @@ class Engine:
         fresh: dict[ImageKey, Tensor] = {}
         prepared: list[_Ticket] = []
         for ticket in tickets:
-            if ticket.picture is None or ticket.pixels is None:
+            picture = ticket.picture
+            if picture is None or picture.seen:
                 prepared.append(ticket)
                 continue
             try:
-                pixels = ticket.pixels.result(timeout=max(0.0, ticket.request.deadline - time.monotonic()))
+                pixels = picture.pixels.result(timeout=max(0.0, ticket.request.deadline - time.monotonic()))
             except TimeoutError:
                 _fail(ticket, DeadlineExceeded("The request's deadline passed while its picture was prepared."))
                 continue
             except Exception as error:
                 _fail(ticket, error if isinstance(error, PromptmuxError) else Internal("The picture was not prepared."))
                 continue
-            fresh[ticket.picture] = pixels
+            fresh[picture.key] = pixels
             prepared.append(ticket)
         tokens = self._stem(fresh)
-        images = [ticket.seen or (tokens[ticket.picture] if ticket.picture else None) for ticket in prepared]
-        return prepared, images
+        pictures = [ticket.picture for ticket in prepared]
+        return prepared, [(picture.seen or tokens[picture.key]) if picture else None for picture in pictures]
 
     def _stem(self, pictures: dict[ImageKey, Tensor]) -> dict[ImageKey, ImageTokens]:
         """Pictures of one size share a pass of the stem; what it says is kept for later requests."""
@@ -316,16 +320,13 @@ class _Clock:
         self.marks[stage] = time.monotonic()
 
 
-def _prepare(ticket: _Ticket) -> None:
-    """Resize and normalise a ticket's picture, off the engine's thread."""
-    assert ticket.pixels is not None
-    assert ticket.picture is not None
-    assert ticket.request.image is not None
-    how = ticket.picture
+def _prepare(picture: _Picture) -> None:
+    """Resize and normalise a picture, off the engine's thread."""
+    key = picture.key
     try:
-        ticket.pixels.set_result(preprocess(ticket.request.image, how.size, how.mean, how.std))
+        picture.pixels.set_result(preprocess(picture.image, key.size, key.mean, key.std))
     except Exception as error:
-        ticket.pixels.set_exception(error)
+        picture.pixels.set_exception(error)
 
 
 def _resolve(ticket: _Ticket, answer: Answer) -> None:

@@ -166,10 +166,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     backbone = load_backbone(arguments.backbone)
     model = assemble(backbone, dtype=serving_dtype("cpu"))
-    assert backbone.tokenizer_dir is not None
-    tokenizer = Tokenizer.load(
-        backbone.tokenizer_dir, num_codes=backbone.config.num_codes, num_bins=backbone.config.num_bins
-    )
+    tokenizer = backbone.tokenizer()
     train, heldout = SceneDataset(arguments.train), SceneDataset(arguments.heldout)
     arguments.out.mkdir(parents=True, exist_ok=True)
     seen = stem_once(model, train, range(arguments.pictures))

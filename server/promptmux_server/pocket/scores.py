@@ -51,9 +51,10 @@ def score_task(
     values, exact = [], []
     try:
         for start in range(0, scenes, WAITING):
-            asked = [_ask(engine, task, data, index) for index in range(start, min(start + WAITING, scenes))]
-            for scene, sample, future in asked:
-                value, equal = _score(scene, sample, future)
+            items = [task_item(task, data, index) for index in range(start, min(start + WAITING, scenes))]
+            asked = [(item, engine.submit(item.request)) for item in items]
+            for item, future in asked:
+                value, equal = _score(item.scene, item.sample, future)
                 values.append(value)
                 exact.append(equal)
     finally:
@@ -61,7 +62,17 @@ def score_task(
     return TaskScore(METRICS[task], sum(values) / len(values), sum(exact) / len(exact), len(values))
 
 
-def _ask(engine: Engine, task: TaskName, data: SceneDataset, index: int) -> tuple[Scene, TaskSample, Future[Answer]]:
+@dataclass(frozen=True)
+class TaskItem:
+    """One question about one scene, with the truth and as the engine is asked."""
+
+    scene: Scene
+    sample: TaskSample
+    request: Request
+
+
+def task_item(task: TaskName, data: SceneDataset, index: int) -> TaskItem:
+    """What a task is asked about a scene of a data set: the same every time."""
     pixels, scene = data[index]
     sample = task_sample(task, scene, random.Random(scene.seed))
     request = Request(
@@ -71,7 +82,7 @@ def _ask(engine: Engine, task: TaskName, data: SceneDataset, index: int) -> tupl
         image=from_array(pixels),
         deadline=time.monotonic() + 600.0,
     )
-    return scene, sample, engine.submit(request)
+    return TaskItem(scene, sample, request)
 
 
 def _score(scene: Scene, sample: TaskSample, future: Future[Answer]) -> tuple[float, bool]:

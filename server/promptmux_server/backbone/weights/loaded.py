@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from promptmux_server.backbone.config import BackboneConfig
+from promptmux_server.backbone.tokenizer import Tokenizer
+from promptmux_server.errors import BackboneFileError
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,18 @@ class LoadedBackbone:
     """Names in the file that text generation does not need."""
     prompts: Mapping[str, Tensor] = field(default_factory=dict)
     """Prompt generator tensors that a fairseq checkpoint carries, by fairseq name."""
+
+    def tokenizer(self) -> Tokenizer:
+        """Read the tokenizer's files; raises BackboneFileError where there are none or they do not fit."""
+        if self.tokenizer_dir is None:
+            raise BackboneFileError("The backbone has no tokenizer: put vocab.json and merges.txt beside its weights.")
+        config = self.config
+        tokenizer = Tokenizer.load(self.tokenizer_dir, num_codes=config.num_codes, num_bins=config.num_bins)
+        if tokenizer.first_bin_id != config.first_bin_id:
+            raise BackboneFileError(
+                "The tokenizer's vocabulary is not the size that the backbone's configuration says."
+            )
+        return tokenizer
 
     @cached_property
     def fingerprint(self) -> str:
