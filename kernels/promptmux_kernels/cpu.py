@@ -205,6 +205,19 @@ def gelu_norm(x: Tensor, affine: Affine, eps: float) -> Tensor:
     return out
 
 
+def can_stream(weight: Tensor) -> bool:
+    """Whether `few_rows` serves this weight (N, K)."""
+    return weight.dtype == torch.float32 and weight.shape[1] % FILL == 0 and available(weight.dtype)
+
+
+def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    """x W^T + bias + residual for x (M, K) and a contiguous W (N, K) for which `can_stream` holds."""
+    rows = x if x.stride(1) == 1 else x.contiguous()
+    more = residual.contiguous() if residual is not None else None
+    out: Tensor = torch.ops.promptmux_cpu.few_rows(rows, weight, bias, more)
+    return out
+
+
 def _can(x: Tensor) -> bool:
     """Whether the library serves tensors like x (T, H, D)."""
     return x.shape[2] in HEAD_DIMS and available(x.dtype)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import tiny
-from promptmux_kernels import linear
-from promptmux_kernels.linear import PackedLinear
+from promptmux_kernels import cpu, linear
+from promptmux_kernels.linear import STREAMED_ROWS, PackedLinear
 from promptmux_server.backbone.assemble import assemble
 from promptmux_server.backbone.encoder import EncoderRow
 from promptmux_server.backbone.model import OFA
@@ -40,10 +40,10 @@ def test_every_projection_of_a_layer_is_packed() -> None:
     assert not [name for name in linears if ".layers." in name]
 
 
-@pytest.mark.parametrize("rows", [1, 5, 33])
+@pytest.mark.parametrize("rows", [1, 5, 6, 7, 16, 17, 33])
 @pytest.mark.parametrize("use", ["few rows", "many rows"])
 def test_a_packed_product_equals_the_plain_one(rows: int, use: linear.Use) -> None:
-    weight, bias, x, residual = normal(48, 64, seed=1), normal(48, seed=2), normal(rows, 64, seed=3), normal(48, seed=4)
+    weight, bias, x, residual = normal(49, 64, seed=1), normal(49, seed=2), normal(rows, 64, seed=3), normal(49, seed=4)
     packed = PackedLinear(weight, bias, use)
     expected = torch.nn.functional.linear(x.double(), weight.double(), bias.double()).float()
     # Sums of 64 products reach 30: a few float32 roundings of that.
@@ -52,8 +52,19 @@ def test_a_packed_product_equals_the_plain_one(rows: int, use: linear.Use) -> No
     torch.testing.assert_close(summed, expected + residual, atol=4e-5, rtol=0)
 
 
+@pytest.mark.skipif(not cpu.available(torch.float32), reason="no compiled CPU form on this machine")
+def test_a_streamed_product_is_the_same_bits_whatever_rows_are_beside_it() -> None:
+    weight, bias, x = normal(49, 64, seed=1), normal(49, seed=2), normal(STREAMED_ROWS, 64, seed=3)
+    packed = PackedLinear(weight, bias, "few rows")
+    together = packed(x)
+    for row in range(STREAMED_ROWS):
+        assert torch.equal(packed(x[row : row + 1])[0], together[row])
+        assert torch.equal(packed(x.flip(0)[: row + 1])[row], together[-1 - row])
+
+
 def test_without_onednn_plain_products_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "works", lambda dtype: False)
+    monkeypatch.setattr(cpu, "can_stream", lambda weight: False)
     weight, x = normal(48, 64, seed=1), normal(5, 64, seed=3)
     assert torch.equal(PackedLinear(weight, None, "few rows")(x), torch.nn.functional.linear(x, weight))
 

@@ -12,6 +12,7 @@
 
 #include "cross_attention.h"
 #include "decode_attention.h"
+#include "few_rows.h"
 #include "norms.h"
 #include "prefix_attention.h"
 
@@ -128,6 +129,14 @@ Tensor gelu_norm_op(const Tensor& x, const Tensor& weight, const Tensor& bias, d
   return out;
 }
 
+Tensor few_rows_op(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                   const std::optional<Tensor>& residual) {
+  Tensor out = at::empty({x.size(0), weight.size(0)}, x.options());
+  const auto start = [](const std::optional<Tensor>& t) { return t ? t->const_data_ptr<float>() : nullptr; };
+  few_rows(x, weight, start(bias), start(residual), out);
+  return out;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(promptmux_cpu, library) {
@@ -148,6 +157,7 @@ TORCH_LIBRARY(promptmux_cpu, library) {
   library.def(
       "write_cache(Tensor(a!) cache_key, Tensor(b!) cache_value, Tensor slots, Tensor key, Tensor value) -> ()");
   library.def("gelu_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor");
+  library.def("few_rows(Tensor x, Tensor weight, Tensor? bias, Tensor? residual) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(promptmux_cpu, CPU, library) {
@@ -157,6 +167,7 @@ TORCH_LIBRARY_IMPL(promptmux_cpu, CPU, library) {
   library.impl("cross_attention", cross_attention_op);
   library.impl("write_cache", write_cache_op);
   library.impl("gelu_norm", gelu_norm_op);
+  library.impl("few_rows", few_rows_op);
 }
 
 }  // namespace promptmux

@@ -6,13 +6,17 @@ the API and its tests need no torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     from promptmux_server.backbone.images import DecodedImage
+
+
+Priority = Literal["interactive", "batch"]
+"""Somebody waits for an interactive answer; batch work (evaluation jobs) takes what is left."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +33,12 @@ class Request:
     image: DecodedImage | None = None
     decoding: Mapping[str, object] | None = None
     """Overrides of the prompt's own decoding parameters; the engine validates them at submit."""
+    key: str = ""
+    """Name of the API key that asks; "" where the server has none. Its share of the device is counted by it."""
+    priority: Priority = "interactive"
+    on_text: Callable[[str], None] | None = None
+    """Called on the engine's thread with each new piece of a text that grows token by token (greedy and sampling); it
+    must return at once. The pieces together are the answer's text. A beam search calls it never."""
 
 
 @dataclass(frozen=True)
