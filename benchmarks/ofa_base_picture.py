@@ -25,7 +25,7 @@ from promptmux_server.backbone.sizes import OFA_SIZES
 from promptmux_server.backbone.tokenizer import SPECIALS, Tokenizer
 from promptmux_server.backbone.weights import load_backbone
 from promptmux_server.backbone.weights.random_init import random_backbone
-from promptmux_server.engine.engine import Engine
+from promptmux_server.engine.engine import Engine, EngineOptions
 from promptmux_server.engine.request import Answer, Request
 
 
@@ -121,7 +121,9 @@ def main() -> None:
         prompts.mkdir()
         prompt = caption_prompt(config, backbone.fingerprint, arguments.prompt_length)
         (prompts / "caption.safetensors").write_bytes(write_prompt(prompt))
-        engine = Engine(model, backbone.tokenizer(), backbone.fingerprint, prompts, max_batch=arguments.batch)
+        engine = Engine(
+            model, backbone.tokenizer(), backbone.fingerprint, prompts, EngineOptions(max_batch=arguments.batch)
+        )
         engine.start()
         ask(engine, 1)
         seconds, stages = [], []

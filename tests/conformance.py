@@ -33,7 +33,7 @@ from promptmux_server.backbone.model import OFA
 from promptmux_server.backbone.weights import load_backbone
 from promptmux_server.engine.decoding import make_search
 from promptmux_server.engine.prompt_table import PromptPools
-from promptmux_server.engine.runner import RunningBatch, Work
+from promptmux_server.engine.runner import Work, closed_batch
 from promptmux_server.tasks.decoding import DecodingParams, Outcome
 from promptmux_server.training.forward import Example, supervised_logits
 from promptmux_server.training.loss import label_smoothed_loss
@@ -174,8 +174,7 @@ def decode(
     """Run one search for every row in one batch."""
     candidates = [tuple(answer) for answer in golden.answers] if trie else None
     works = [Work(row.source, (BOS,), row.image, make_search(params, candidates=candidates)) for row in rows]
-    batch = RunningBatch(golden.model, works, prompts)
-    batch.prefill()
+    batch = closed_batch(golden.model, works, prompts)
     while batch.live_rows:
         batch.step()
     return [work.search.outcome() for work in works]

@@ -14,6 +14,7 @@ from promptmux_kernels.dispatch import (
     write_cache,
 )
 from promptmux_kernels.rows import (
+    FILL,
     PAGE,
     Affine,
     BiasFactors,
@@ -26,6 +27,7 @@ from promptmux_kernels.rows import (
 )
 
 __all__ = [
+    "FILL",
     "PAGE",
     "Affine",
     "BiasFactors",

@@ -15,7 +15,7 @@ from torch import Tensor
 from promptmux_kernels import batched, reference
 from promptmux_kernels.batched import norm_add_norm as norm_add_norm  # PyTorch's own is faster than a fused pass
 from promptmux_kernels.native import library_loaded
-from promptmux_kernels.rows import PAGE, Affine, BiasFactors, CrossMemory, PagedPrompts, Rows, SharedBias
+from promptmux_kernels.rows import FILL, PAGE, Affine, BiasFactors, CrossMemory, PagedPrompts, Rows, SharedBias
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,6 @@ PACKED = "cpu"
 """Layout of a memory packed here: (places, H, D) whose row of n keys has n rounded up to `FILL` places, each head's
 packed keys (native/pack.h) in one piece."""
 
-FILL = 16
 TYPES = (torch.float32, torch.bfloat16)
 HEAD_DIMS = range(16, 129, 16)
 SELF_TEST_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}

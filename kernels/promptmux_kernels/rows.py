@@ -100,6 +100,9 @@ class SharedBias:
 PLAIN = "plain"
 """The layout of a memory that every form but the CPU's compiled one reads."""
 
+FILL = 16
+"""In any other layout a row takes a multiple of so many places, as a CPU's vectors are wide."""
+
 
 @dataclass(frozen=True)
 class CrossMemory:
@@ -117,6 +120,11 @@ class CrossMemory:
     def select(self, rows: Sequence[int]) -> CrossMemory:
         """The memory of some requests of the batch, without a copy."""
         return CrossMemory(self.key, self.value, self.rows.select(rows), self.layout)
+
+    def span(self, row: int) -> slice:
+        """The places that a row takes on the flat axis; moved as one piece, they mean the same elsewhere."""
+        start, length = self.rows.starts[row], self.rows.lengths[row]
+        return slice(start, start + (length if self.layout == PLAIN else -(-length // FILL) * FILL))
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,12 @@ class Settings(BaseSettings):
     """Items admitted at one time, whoever sent them; beyond it 503."""
     image_cache_bytes: Annotated[int, Field(ge=0)] = 256 * MIB
     """Pictures that the vision stem has seen, kept for other requests about them; 0 keeps none."""
+    decode_cache_bytes: Count = 512 * MIB
+    """Keys and values of decoded tokens; a request takes the most it can need before it starts."""
+    cross_memory_bytes: Count = 2048 * MIB
+    """What the encoder said, as the decoder reads it: for OFA-base in float32 35 MB a picture of 480 pixels."""
+    deterministic: bool = False
+    """Answers that are the same to the last bit whatever the load; slower, see docs/log.md."""
     default_deadline_ms: Count = 10_000
     max_deadline_ms: Count = 60_000
 

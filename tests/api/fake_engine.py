@@ -16,6 +16,7 @@ from promptmux_server.engine.request import (
     TaskStatus,
 )
 from promptmux_server.errors import (
+    BackendUnhealthy,
     DeadlineExceeded,
     InvalidParameter,
     NonfiniteOutput,
@@ -28,12 +29,14 @@ SHA = "ab" * 32
 
 
 class FakeEngine:
-    """Task "echo" answers at once with the text, "slow" when told to, "late" misses its deadline, "nan" fails alone."""
+    """Task "echo" answers at once with the text, "slow" when told to, "late" misses its deadline, "nan" fails alone, and
+    "assert" loses the device."""
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
         self.futures: list[Future[Answer]] = []
         self.healthy = True
+        self.device_lost = False
         self.stopped_with: float | None = None
         self.release = threading.Event()
 
@@ -44,13 +47,16 @@ class FakeEngine:
         errors: dict[str, PromptmuxError] = {
             "late": DeadlineExceeded("Too late."),
             "nan": NonfiniteOutput("Not finite."),
+            "assert": BackendUnhealthy("The device failed."),
         }
         if request.task == "broken":
             raise RuntimeError("a bug with a /secret/path.py inside")
-        if request.task not in ("echo", "slow", "late", "nan"):
+        if request.task not in ("echo", "slow", *errors):
             raise PromptNotFound("No such task.", param="task")
         if request.decoding:
             raise InvalidParameter("No.", param="decoding.beam_size")
+        if request.task == "assert":
+            self.healthy, self.device_lost = False, True
         if request.task in errors:
             future.set_exception(errors[request.task])
         elif request.task == "echo":
@@ -85,6 +91,9 @@ class FakeEngine:
 
     def live(self) -> bool:
         return self.healthy
+
+    def failed(self) -> bool:
+        return self.device_lost
 
     def load(self) -> EngineLoad:
         return EngineLoad(waiting=0, running=0, images=ImageCacheStats())

@@ -15,6 +15,7 @@ import httpx2
 import pytest
 
 from api.live_server import until
+from promptmux_server.api.serving import EXIT_DEVICE_LOST
 
 PROGRAM = """
 import sys
@@ -24,7 +25,8 @@ from promptmux_server.api.serving import serve
 from promptmux_server.settings import Settings
 port, metrics_port, delay, timeout = sys.argv[1:]
 settings = Settings(port=port, metrics_port=metrics_port, drain_delay_s=delay, drain_timeout_s=timeout)
-serve(build_app(FakeEngine(), settings, "fake"), FakeEngine(), settings)
+engine = FakeEngine()
+serve(build_app(engine, settings, "fake"), engine, settings)
 """
 
 
@@ -99,6 +101,15 @@ def test_a_second_signal_ends_the_process_within_two_seconds() -> None:
         until(lambda: server.status("/readyz") == 503)
         server.process.send_signal(signal.SIGTERM)
         server.process.wait(2)
+
+
+def test_a_lost_device_answers_503_everywhere_and_ends_the_process() -> None:
+    with Server(0, 1) as server:
+        reply = httpx2.post(f"{server.url}/v1/predict", json={"task": "assert"})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "backend_unhealthy")
+        assert server.status("/livez") == 503
+        assert server.status("/readyz") == 503
+        assert server.process.wait(10) == EXIT_DEVICE_LOST
 
 
 def test_sighup_reads_the_prompts_again_and_serves_on_and_metrics_have_their_own_port() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,9 +14,10 @@ from torch import Tensor
 import tiny
 from promptmux_server.backbone.config import BOS, EOS
 from promptmux_server.backbone.encoder import ImageTokens
+from promptmux_server.engine import runner
 from promptmux_server.engine.decoding import make_search
 from promptmux_server.engine.prompt_table import PromptPools, Residence
-from promptmux_server.engine.runner import RunningBatch, Work
+from promptmux_server.engine.runner import RunningBatch, Work, closed_batch
 from promptmux_server.tasks.decoding import DecodingParams, Outcome
 
 CPU = torch.device("cpu")
@@ -75,24 +78,21 @@ def run(
         for _, source, prefix, image, params in cases
     ]
     first: list[Tensor] = []
-    original = RunningBatch._advance
 
     class Recording(RunningBatch):
-        def _advance(self, row: int, history: Tensor, logits: Tensor) -> None:
-            if len(first) <= row:
-                first.append(logits[0].clone())
-            original(self, row, history, logits)
+        def _prefill(self, part: Sequence[Any]) -> Tensor:
+            first.append(super()._prefill(part))
+            return first[-1]
 
-    failed = []
-    with torch.no_grad():
-        batch = Recording(tiny.model(), works, pools.batch([homes[prompt] for prompt, *_ in cases]))
-        batch.prefill()
+    failed: list[int] = []
+    with torch.no_grad(), patch.object(runner, "RunningBatch", Recording):
+        batch = closed_batch(tiny.model(), works, pools.batch([homes[prompt] for prompt, *_ in cases]))
         batch.drop(set(dropped))
         while batch.live_rows:
             batch.step()
-        failed = batch.take_failed()
+        failed = sorted(batch.take_failed())
     outcomes = [None if row in failed or row in dropped else work.search.outcome() for row, work in enumerate(works)]
-    return outcomes, torch.stack(first), failed
+    return outcomes, first[0], failed
 
 
 def test_64_mixed_requests_answer_as_if_alone(pools: tuple[PromptPools, list[Residence]]) -> None:

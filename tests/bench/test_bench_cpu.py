@@ -42,8 +42,7 @@ def test_the_released_form_computes_the_same_captions() -> None:
     torch.testing.assert_close(ours.states, expected, atol=2e-5, rtol=0)
     params = DecodingParams(method="beam", beam_size=3, max_length=4, min_length=4)
     works = [workload.Work(tuple(row.source), (0,), row.image, make_search(params)) for row in rows]
-    batch = workload.RunningBatch(model, works, workload.BatchPrompts(prompts, prompts))
-    batch.prefill()
+    batch = workload.closed_batch(model, works, workload.BatchPrompts(prompts, prompts))
     while batch.live_rows:
         batch.step()
     # The order may differ: hypotheses are ranked with their eos, which the bare search leaves out.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import tiny
 from promptmux_kernels import PAGE
 from promptmux_server.backbone.images import DecodedImage, from_array
 from promptmux_server.engine import prompt_table
-from promptmux_server.engine.engine import Engine
+from promptmux_server.engine.engine import Engine, EngineOptions
 from promptmux_server.engine.prompt_table import PagePool
 from promptmux_server.engine.request import Request
 from promptmux_server.engine.runner import RunningBatch
@@ -40,7 +41,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     def make(*prompts: object, **options: int) -> Engine:
         tiny.write(tmp_path, *(prompts or (tiny.prompt("a"), tiny.prompt("b", seed=2, encoder_length=40))))  # type: ignore[arg-type]
-        engine = Engine(tiny.model(), tiny.tokenizer(), tiny.backbone().fingerprint, tmp_path, **options)
+        engine = Engine(tiny.model(), tiny.tokenizer(), tiny.backbone().fingerprint, tmp_path, EngineOptions(**options))  # type: ignore[arg-type]
         engine.start()
         engines.append(engine)
         return engine
@@ -69,15 +70,15 @@ def until_running(engine: Engine) -> None:
 
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """While the event is not set, every batch waits before its prefill."""
+    """While the event is not set, whoever would join the running batch waits, and all behind it."""
     release = threading.Event()
-    original = RunningBatch.prefill
+    original = RunningBatch.join
 
-    def prefill(self: RunningBatch) -> None:
+    def join(self: RunningBatch, entries: Sequence[Any]) -> None:
         assert release.wait(20.0)
-        original(self)
+        original(self, entries)
 
-    monkeypatch.setattr(RunningBatch, "prefill", prefill)
+    monkeypatch.setattr(RunningBatch, "join", join)
     yield release
     release.set()
 
@@ -124,13 +125,13 @@ def test_the_same_picture_passes_the_stem_once_a_batch(
 
 def test_preparing_pictures_takes_no_core_from_the_engine(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[int] = []
-    original = RunningBatch.prefill
+    original = RunningBatch.join
 
-    def prefill(self: RunningBatch) -> None:
+    def join(self: RunningBatch, entries: Sequence[Any]) -> None:
         used.append(torch.get_num_threads())
-        original(self)
+        original(self, entries)
 
-    monkeypatch.setattr(RunningBatch, "prefill", prefill)
+    monkeypatch.setattr(RunningBatch, "join", join)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -202,7 +203,7 @@ def test_a_deadline_ends_a_request_and_no_other(start: Start, held: threading.Ev
 
 def test_nothing_is_computed_for_a_request_that_is_late_already(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = start()
-    monkeypatch.setattr(RunningBatch, "__init__", lambda *_: pytest.fail("computed for nobody"))
+    monkeypatch.setattr(RunningBatch, "join", lambda *_: pytest.fail("computed for nobody"))
     with pytest.raises(DeadlineExceeded):
         engine.submit(ask(within_s=-1.0)).result(20)
 
@@ -234,7 +235,7 @@ def test_a_poisoned_prompt_fails_alone(start: Start, held: threading.Event) -> N
 def test_a_bug_in_one_batch_ends_that_batch_and_not_the_engine(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = start()
     with monkeypatch.context() as broken:
-        broken.setattr(RunningBatch, "prefill", lambda _: 1 / 0)
+        broken.setattr(RunningBatch, "join", lambda *_: 1 / 0)
         with pytest.raises(Internal):
             engine.submit(ask()).result(20)
     assert engine.submit(ask()).result(20)

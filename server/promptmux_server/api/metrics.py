@@ -75,3 +75,11 @@ class _LoadCollector(Collector):
         yield CounterMetricFamily(
             "promptmux_image_cache_misses", "Pictures not found at admission.", value=images.misses
         )
+        memory = load.memory
+        held, there = "Decoding memory that requests hold: tokens.", "Decoding memory there is: tokens."
+        for name, used, size in (
+            ("decode_cache", memory.slots_used, memory.slots),
+            ("cross_memory", memory.places_used, memory.places),
+        ):
+            yield GaugeMetricFamily(f"promptmux_{name}_used", held, value=used)
+            yield GaugeMetricFamily(f"promptmux_{name}_size", there, value=size)

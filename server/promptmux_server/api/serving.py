@@ -2,7 +2,8 @@
 
 SIGTERM: /readyz turns 503 while requests are still taken, then no more are accepted, then what runs is finished, then
 the process exits 0; what runs longer than the drain timeout gets 503. A second signal ends it at once, and SIGINT,
-which comes from a person, skips the wait. SIGHUP reads the prompt directory again.
+which comes from a person, skips the wait. SIGHUP reads the prompt directory again. A device that is lost ends the
+process with `EXIT_DEVICE_LOST`, so that whatever started it starts it again.
 """
 
 from __future__ import annotations
@@ -23,6 +24,13 @@ from promptmux_server.engine.request import EnginePort
 from promptmux_server.settings import Settings
 
 log = structlog.get_logger(__name__)
+
+EXIT_DEVICE_LOST = 70
+"""sysexits' EX_SOFTWARE: no setting and no request is to blame."""
+
+WATCH_S = 0.5
+LAST_ANSWERS_S = 2.0
+"""From the loss of the device to the end of the process: what was in flight gets its 503."""
 
 
 class _Server(uvicorn.Server):
@@ -51,9 +59,11 @@ def server_config(asgi: ASGIApp, settings: Settings) -> uvicorn.Config:
 
 
 def serve(application: Application, engine: EnginePort, settings: Settings) -> None:
-    """Run until a signal ends it; the engine is stopped before this returns."""
+    """Run until a signal ends it; the engine is stopped before this returns. Raises SystemExit if the device is lost."""
     server = _Server(server_config(application.asgi, settings))
     asyncio.run(_run(server, application, engine, settings))
+    if engine.failed():
+        raise SystemExit(EXIT_DEVICE_LOST)
 
 
 async def _run(server: _Server, application: Application, engine: EnginePort, settings: Settings) -> None:
@@ -70,11 +80,13 @@ async def _run(server: _Server, application: Application, engine: EnginePort, se
     loop.add_signal_handler(signal.SIGTERM, end, settings.drain_delay_s)
     loop.add_signal_handler(signal.SIGINT, end, 0.0)
     loop.add_signal_handler(signal.SIGHUP, lambda: loop.run_in_executor(None, _reload, engine))
+    watch = loop.create_task(_watch(server, engine))
     if settings.metrics_port is not None:
         start_http_server(settings.metrics_port, "127.0.0.1", application.metrics.registry)
     try:
         await server.serve()
     finally:
+        watch.cancel()
         # The drain is over: requests have ended, or were cancelled and must find the loop running to say so.
         if not server.force_exit:
             await asyncio.to_thread(engine.stop, 0.0)
@@ -82,6 +94,14 @@ async def _run(server: _Server, application: Application, engine: EnginePort, se
 
 def _reload(engine: EnginePort) -> None:
     log.info("prompts reloaded", report=str(engine.reload()))
+
+
+async def _watch(server: _Server, engine: EnginePort) -> None:
+    while not engine.failed():
+        await asyncio.sleep(WATCH_S)
+    log.error("the device is lost: exiting")
+    await asyncio.sleep(LAST_ANSWERS_S)
+    server.should_exit = True
 
 
 async def _drain(server: _Server, application: Application, delay_s: float) -> None:

@@ -51,10 +51,6 @@ class OFA(nn.Module):
         """Cross-attention keys and values of the whole batch."""
         return self.decoder.remember(encoded)
 
-    def new_cache(self) -> DecodeCache:
-        config = self.config
-        return DecodeCache(config.decoder_layers, config.heads, config.head_dim, dtype=self.dtype, device=self.device)
-
     def teach(
         self,
         texts: Sequence[Sequence[int]],

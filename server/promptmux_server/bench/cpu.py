@@ -203,7 +203,6 @@ class CpuBench:
         """A decoding step with the search: decoder, vocabulary, beams' bookkeeping."""
         rows = w.encoder_rows(self.config, self._images, batch)
         running = w.caption_batch(self._models.packed, rows, w.repeated(w.PROMPT_LENGTHS, batch))
-        running.prefill()
         running.step()
         timing = sample((running.step for _ in range(w.STEPS - 3)), samples=1 if self._quick else w.STEPS - 3)
         floor_s = w.step_bytes(self.config, self.dtype) / self.bandwidth_gbs / 1e9
@@ -221,7 +220,6 @@ class CpuBench:
             images = self._models.packed.image_tokens(self._pixels)
             rows = w.encoder_rows(self.config, images, self._batch)
             running = w.caption_batch(self._models.packed, rows, self._lengths)
-            running.prefill()
             while running.live_rows:
                 running.step()
 

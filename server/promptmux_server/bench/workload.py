@@ -19,7 +19,7 @@ from promptmux_server.backbone.model import OFA
 from promptmux_server.backbone.weights import LoadedBackbone
 from promptmux_server.backbone.weights.random_init import random_backbone
 from promptmux_server.engine.decoding import make_search
-from promptmux_server.engine.runner import BatchPrompts, RunningBatch, Work
+from promptmux_server.engine.runner import BatchPrompts, RunningBatch, Work, closed_batch
 from promptmux_server.tasks.decoding import DecodingParams
 
 IMAGE_PX = 480
@@ -83,11 +83,11 @@ def repeated(lengths: Sequence[int], count: int) -> list[int]:
 
 
 def caption_batch(model: OFA, rows: Sequence[EncoderRow], lengths: Sequence[int]) -> RunningBatch:
-    """A batch of captions, encoded: beam search over exactly `STEPS` tokens."""
+    """A batch of captions with their first tokens chosen: beam search over exactly `STEPS` tokens."""
     params = DecodingParams(method="beam", beam_size=BEAM, max_length=STEPS, min_length=STEPS)
     works = [Work(tuple(row.source), (0,), row.image, make_search(params)) for row in rows]
     prompts = prompt_batch(model.config, lengths, model.dtype)
-    return RunningBatch(model, works, BatchPrompts(prompts, prompts))
+    return closed_batch(model, works, BatchPrompts(prompts, prompts))
 
 
 def attention_flops(config: BackboneConfig, rows: Sequence[int], prompts: Sequence[int]) -> float:

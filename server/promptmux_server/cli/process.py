@@ -17,7 +17,7 @@ from promptmux_server.api.serving import serve
 from promptmux_server.backbone.assemble import assemble, serving_dtype
 from promptmux_server.backbone.weights import load_backbone
 from promptmux_server.cli.machine import usable_cores
-from promptmux_server.engine.engine import Engine
+from promptmux_server.engine.engine import Engine, EngineOptions
 from promptmux_server.errors import BackboneNotFound
 from promptmux_server.pocket import LIBRARY, WEIGHTS
 from promptmux_server.settings import Settings
@@ -59,9 +59,14 @@ def build_engine(settings: Settings) -> tuple[Engine, str]:
         tokenizer,
         backbone.fingerprint,
         prompt_directory(settings),
-        queue_size=settings.queue_size,
-        max_batch=settings.max_batch,
-        image_cache_bytes=settings.image_cache_bytes,
+        EngineOptions(
+            max_batch=settings.max_batch,
+            queue_size=settings.queue_size,
+            image_cache_bytes=settings.image_cache_bytes,
+            decode_cache_bytes=settings.decode_cache_bytes,
+            cross_memory_bytes=settings.cross_memory_bytes,
+            deterministic=settings.deterministic,
+        ),
     )
     return engine, config.name
 

@@ -1,7 +1,7 @@
-"""The engine: one thread that turns waiting requests into batches and batches into answers.
+"""The engine: one thread that keeps one running batch; requests join and leave it at every step.
 
-`submit` is the only door. Owns admission, deadlines, cancellation and the futures; what a batch computes is the
-runner's, what a text means is the task's.
+`submit` is the only door. Owns the loop, deadlines, cancellation and the end of every request; who goes next is the
+scheduler's, what a batch computes the runner's, what a text means the task's.
 """
 
 from __future__ import annotations
@@ -9,64 +9,63 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
+from weakref import ref
 
 import torch
-from torch import Tensor
 
-from promptmux_server.backbone.encoder import ImageTokens
-from promptmux_server.backbone.images import DecodedImage, preprocess
+from promptmux_server.backbone.cache import DecodeCache
+from promptmux_server.backbone.memory_pool import MemoryPool
 from promptmux_server.backbone.model import OFA
 from promptmux_server.backbone.tokenizer import Tokenizer
-from promptmux_server.engine.decoding import Search, make_search
-from promptmux_server.engine.image_cache import ImageCache, ImageKey
+from promptmux_server.engine.admission import Admission
+from promptmux_server.engine.decoding import NonFiniteLogits
+from promptmux_server.engine.device_faults import is_device_lost, is_out_of_memory
+from promptmux_server.engine.memory import DecodingMemory
+from promptmux_server.engine.pictures import Pictures
 from promptmux_server.engine.prompt_table import PromptPools
 from promptmux_server.engine.registry import Registry, ServedTask
 from promptmux_server.engine.request import Answer, EngineLoad, ReloadReport, Request, TaskStatus
 from promptmux_server.engine.runner import RunningBatch, Work
-from promptmux_server.engine.scheduler import AdmissionQueue
+from promptmux_server.engine.scheduler import FairQueue, Share
+from promptmux_server.engine.ticket import Ticket
 from promptmux_server.errors import (
     BackendUnhealthy,
     DeadlineExceeded,
     Draining,
     Internal,
-    InvalidParameter,
     NonfiniteOutput,
+    Overloaded,
     PromptmuxError,
 )
-from promptmux_server.tasks import EncodedItem, TaskSpec, decode_outcome, encode_item
-from promptmux_server.tasks.decoding import DecodingParams
+from promptmux_server.tasks import decode_outcome
 
 log = logging.getLogger(__name__)
 
-PICTURES_PER_STEM_PASS = 8
+MIB = 1 << 20
+IDLE_S = 0.5
+"""The longest the loop sleeps; what it waits for wakes it sooner."""
 
 
-@dataclass(frozen=True, eq=False)
-class _Picture:
-    """A request's picture: `seen` by the stem already, or else on its way to the model's input, `pixels` (3, S, S)."""
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How much of the machine the engine may use, and how."""
 
-    image: DecodedImage
-    key: ImageKey
-    seen: ImageTokens | None
-    pixels: Future[Tensor] = field(default_factory=Future)
-
-
-@dataclass(eq=False)
-class _Ticket:
-    """A request between admission and answer."""
-
-    request: Request
-    task: ServedTask
-    item: EncodedItem
-    search: Search
-    picture: _Picture | None
-    future: Future[Answer]
-    admitted: float
-    started: float = 0.0
+    max_batch: int = 32
+    """Requests in the running batch."""
+    queue_size: int = 256
+    joining_ms: float = 250.0
+    """About how long running requests wait at most, at each step, for others to be encoded."""
+    image_cache_bytes: int = 0
+    decode_cache_bytes: int = 512 * MIB
+    cross_memory_bytes: int = 2048 * MIB
+    deterministic: bool = False
+    """Every request alone in its products: the same answer to the last bit whatever the load, and slower."""
+    stalled_after_s: float = 30.0
+    """A step that takes longer means that the device hangs."""
 
 
 class Engine:
@@ -78,22 +77,25 @@ class Engine:
         tokenizer: Tokenizer,
         fingerprint: str,
         prompts: Path,
-        *,
-        queue_size: int = 256,
-        max_batch: int = 32,
-        image_cache_bytes: int = 0,
+        options: EngineOptions = EngineOptions(),
     ) -> None:
-        self._model, self._tokenizer = model, tokenizer
+        self._tokenizer, self._options = tokenizer, options
         self._pools = PromptPools(model.config, model.dtype, model.device)
         self._registry = Registry(prompts, model.config, fingerprint, self._pools)
-        self._queue: AdmissionQueue[_Ticket] = AdmissionQueue(queue_size)
-        self._max_batch = max_batch
-        self._images = ImageCache(image_cache_bytes)
-        self._preparing = ThreadPoolExecutor(2, thread_name_prefix="promptmux-images")
+        self._queue: FairQueue[Ticket] = FairQueue(options.queue_size)
+        self._pictures = Pictures(model, options.image_cache_bytes, self._queue.wake)
+        self._memory = DecodingMemory(
+            slots=options.decode_cache_bytes // DecodeCache.bytes_per_slot(model.config, model.dtype),
+            places=options.cross_memory_bytes // MemoryPool.bytes_per_place(model.config, model.dtype, model.device),
+        )
+        self._admission = Admission(model, tokenizer, self._pictures, self._memory, deterministic=options.deterministic)
+        self._batch = RunningBatch(model, self._pools, self._memory.stats())
+        self._running: dict[int, Ticket] = {}
         self._thread = threading.Thread(target=self._run, name="promptmux-engine", daemon=True)
-        self._running = 0
         self._stopping = False
         self._drain_deadline = float("inf")
+        self._last_turn = time.monotonic()
+        self._lost: str | None = None
 
     # -- the door ---------------------------------------------------------------------------------------------------
 
@@ -107,23 +109,28 @@ class Engine:
         """Admit one request; see `EnginePort.submit` for what it raises."""
         if self._stopping:
             raise Draining("The server is shutting down. Send the request to another replica.", retry_after_s=5)
-        if not self._thread.is_alive():
+        if self._lost is not None or not self._thread.is_alive():
             raise BackendUnhealthy("The engine has stopped.", retry_after_s=10)
         task = self._registry.resolve(request.task)
         try:
-            ticket = self._ticket(request, task)
-            ticket.future.add_done_callback(lambda _: self._registry.release(task))
+            ticket = self._admission.ticket(request, task)
+            self._queue.put(
+                ticket, Share(request.key, request.task, request.priority), cost_ms=1.0, deadline=request.deadline
+            )
         except BaseException:
             self._registry.release(task)
             raise
-        try:
-            self._queue.put(ticket)
-        except PromptmuxError:
-            ticket.future.cancel()
-            raise
-        if ticket.picture and ticket.picture.seen is None:
-            self._preparing.submit(_prepare, ticket.picture)
+        waiting = ref(ticket)  # weak: else future and ticket would keep each other, and the picture, until a collection
+        ticket.future.add_done_callback(lambda _: self._ended(waiting(), task))
+        if ticket.picture:
+            self._pictures.prepare(ticket.picture)
         return ticket.future
+
+    def _ended(self, ticket: Ticket | None, task: ServedTask) -> None:
+        """Answered, failed or cancelled, on whatever thread: nothing of it waits any longer."""
+        if ticket is not None:
+            self._queue.discard(ticket)
+        self._registry.release(task)
 
     def tasks(self) -> list[TaskStatus]:
         return self._registry.statuses()
@@ -132,13 +139,22 @@ class Engine:
         return self._registry.reload()
 
     def ready(self) -> bool:
-        return self._thread.is_alive() and not self._stopping
+        return self.live() and not self._stopping and self._thread.is_alive()
 
     def live(self) -> bool:
+        if self._lost is not None or self._is_stalled():
+            return False
         return self._thread.is_alive() or self._stopping
 
+    def failed(self) -> bool:
+        return self._lost is not None
+
+    def _is_stalled(self) -> bool:
+        """Whether the turn that runs now has taken too long; an idle engine begins a turn every `IDLE_S`."""
+        return self._thread.is_alive() and time.monotonic() - self._last_turn > self._options.stalled_after_s
+
     def load(self) -> EngineLoad:
-        return EngineLoad(waiting=len(self._queue), running=self._running, images=self._images.stats())
+        return EngineLoad(len(self._queue), len(self._running), self._pictures.cache.stats(), self._memory.stats())
 
     def stop(self, drain_timeout_s: float) -> None:
         """Refuse new work, finish what is admitted for up to the given time, then fail the rest with `Draining`."""
@@ -147,201 +163,147 @@ class Engine:
         self._queue.close()
         if self._thread.ident is not None:
             self._thread.join(drain_timeout_s + 5.0)
-        for ticket in self._queue.clear():
-            _fail(ticket, Draining("The server shut down before this request ran.", retry_after_s=5))
-        self._preparing.shutdown(wait=False, cancel_futures=True)
-
-    # -- admission --------------------------------------------------------------------------------------------------
-
-    def _ticket(self, request: Request, task: ServedTask) -> _Ticket:
-        spec = task.spec
-        if spec.takes_image and request.image is None and not spec.takes_text:
-            raise InvalidParameter("This task needs a picture: send `image` as base64.", param="image")
-        if request.image is not None and not spec.takes_image:
-            raise InvalidParameter("This task takes no picture: leave `image` out.", param="image")
-        params = spec.decoding.merged(request.decoding or {})
-        item = encode_item(spec, self._tokenizer, request.text, request.premise)
-        self._check_lengths(item, params)
-        return _Ticket(
-            request=request,
-            task=task,
-            item=item,
-            search=make_search(params, candidates=item.candidates, prefix=item.prefix_ids),
-            picture=self._picture(request.image, spec) if request.image else None,
-            future=Future(),
-            admitted=time.monotonic(),
-        )
-
-    def _picture(self, image: DecodedImage, spec: TaskSpec) -> _Picture:
-        key = ImageKey(image.digest, spec.image_size, spec.image_mean, spec.image_std)
-        return _Picture(image, key, self._images.get(key))
-
-    def _check_lengths(self, item: EncodedItem, params: DecodingParams) -> None:
-        limit = self._model.config.max_positions
-        longest = max((len(answer) for answer in item.candidates or ()), default=params.max_length) + 1
-        if len(item.source_ids) > limit or len(item.prefix_ids) + longest > limit:
-            raise InvalidParameter(f"The text is too long for this backbone's {limit} positions.", param="text")
+        self._pictures.close()
+        for ticket in [*self._queue.clear(), *self._running.values()]:
+            ticket.fail(Draining("The server shut down before this request was complete.", retry_after_s=5))
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        while tickets := self._queue.take(self._max_batch):
-            ready = [ticket for ticket in tickets if self._may_start(ticket)]
-            self._running = len(ready)
-            try:
-                self._serve(ready)
-            except Exception:
-                log.exception("a batch of %d requests failed", len(ready))
-                for ticket in ready:
-                    _fail(ticket, Internal("The server failed on this request; it is logged under its request id."))
-            self._running = 0
-
     @torch.no_grad()
-    def _serve(self, tickets: Sequence[_Ticket]) -> None:
-        """Stem, encoder, prefill, then steps until every request has ended."""
-        tickets, images = self._see(tickets)
+    def _run(self) -> None:
+        try:
+            while not self._stopping or self._running or len(self._queue):
+                self._last_turn = time.monotonic()
+                self._turn()
+        except Exception as error:
+            log.exception("the device is lost")
+            self._lost = str(error)
+            self._queue.close()
+            for ticket in [*self._running.values(), *self._queue.clear()]:
+                ticket.fail(BackendUnhealthy("The device failed; the server restarts.", retry_after_s=10))
+
+    def _turn(self) -> None:
+        """Nobody waits in vain; who fits joins; everyone in the batch takes one step."""
+        self._let_go()
+        room = self._options.max_batch - len(self._running)
+        self._join(self._queue.take(room, self._options.joining_ms, self._may_join))
+        if not self._running:
+            self._queue.wait(IDLE_S)
+            return
+        self._guarded(self._batch.step, list(self._running.values()))
+        self._settle()
+
+    def _let_go(self) -> None:
+        """End what is late, drop what nobody waits for."""
+        now = time.monotonic()
+        late = [*self._queue.expire(now), *(t for t in self._running.values() if now > t.request.deadline)]
+        for ticket in late:
+            ticket.fail(DeadlineExceeded("The request's deadline passed before its answer was complete."))
+        if now > self._drain_deadline:
+            for ticket in [*self._queue.clear(), *self._running.values()]:
+                ticket.fail(Draining("The server shut down before this request was complete.", retry_after_s=5))
+        self._drop([ticket for ticket in self._running.values() if ticket.future.done()])
+
+    def _may_join(self, ticket: Ticket) -> bool:
+        """Claim the memory of a request whose picture is ready; a request that may not join now is asked again."""
+        if ticket.picture and not ticket.picture.ready:
+            return False
+        ticket.claim = self._memory.claim(ticket.slots, ticket.memory_length)
+        return ticket.claim is not None
+
+    def _join(self, tickets: Sequence[Ticket]) -> None:
+        """Stem, encoder and decoder prefixes of those who come in."""
         if not tickets:
             return
-        clock = _Clock()
-        works = [
-            Work(ticket.item.source_ids, ticket.item.prefix_ids, image, ticket.search)
-            for ticket, image in zip(tickets, images, strict=True)
-        ]
-        batch = RunningBatch(self._model, works, self._pools.batch([ticket.task.residence for ticket in tickets]))
-        clock.mark("encode")
-        batch.prefill()
-        self._settle(tickets, batch, clock)
-        while batch.live_rows:
-            batch.drop({row for row in batch.live_rows if not self._may_go_on(tickets[row])})
-            if batch.live_rows:
-                batch.step()
-            self._settle(tickets, batch, clock)
-
-    def _see(self, tickets: Sequence[_Ticket]) -> tuple[list[_Ticket], list[ImageTokens | None]]:
-        """Run the stem once per distinct new picture; a ticket whose picture cannot be prepared fails alone."""
-        fresh: dict[ImageKey, Tensor] = {}
-        prepared: list[_Ticket] = []
         for ticket in tickets:
-            picture = ticket.picture
-            if picture is None or picture.seen:
-                prepared.append(ticket)
-                continue
-            try:
-                pixels = picture.pixels.result(timeout=max(0.0, ticket.request.deadline - time.monotonic()))
-            except TimeoutError:
-                _fail(ticket, DeadlineExceeded("The request's deadline passed while its picture was prepared."))
-                continue
-            except Exception as error:
-                _fail(ticket, error if isinstance(error, PromptmuxError) else Internal("The picture was not prepared."))
-                continue
-            fresh[picture.key] = pixels
-            prepared.append(ticket)
-        tokens = self._stem(fresh)
-        pictures = [ticket.picture for ticket in prepared]
-        return prepared, [(picture.seen or tokens[picture.key]) if picture else None for picture in pictures]
+            ticket.marks.started = time.monotonic()
+            self._running[ticket.row] = ticket
+        self._guarded(lambda: self._encode(tickets), tickets)
+        self._settle()
 
-    def _stem(self, pictures: dict[ImageKey, Tensor]) -> dict[ImageKey, ImageTokens]:
-        """Pictures of one size share a pass of the stem; what it says is kept for later requests."""
-        by_shape: dict[torch.Size, list[ImageKey]] = {}
-        for key, pixels in pictures.items():
-            by_shape.setdefault(pixels.shape, []).append(key)
-        tokens: dict[ImageKey, ImageTokens] = {}
-        for keys in by_shape.values():
-            for start in range(0, len(keys), PICTURES_PER_STEM_PASS):
-                part = keys[start : start + PICTURES_PER_STEM_PASS]
-                found = self._model.image_tokens(torch.stack([pictures[key] for key in part]))
-                tokens.update(zip(part, found, strict=True))
-        for key, image in tokens.items():
-            self._images.put(key, image)
-        return tokens
+    def _drop(self, tickets: Sequence[Ticket]) -> None:
+        """Let requests leave the batch and give back what they held, those that the batch has ended among them."""
+        self._batch.drop({ticket.row for ticket in tickets})
+        for ticket in tickets:
+            if self._running.pop(ticket.row, None) and ticket.claim:
+                self._memory.release(ticket.claim)
+
+    def _encode(self, tickets: Sequence[Ticket]) -> None:
+        self._pictures.see([ticket.picture for ticket in tickets if ticket.picture])
+        unseen = [ticket for ticket in tickets if ticket.picture and ticket.picture.failure]
+        for ticket in unseen:
+            assert ticket.picture
+            assert ticket.picture.failure
+            ticket.fail(_error(ticket.picture.failure))
+        self._drop(unseen)
+        seen = [ticket for ticket in tickets if ticket.row in self._running]
+        for ticket in seen:
+            ticket.marks.seen = time.monotonic()
+        if seen:
+            self._batch.join([(ticket.row, _work(ticket), ticket.claim) for ticket in seen if ticket.claim])
+        for ticket in seen:
+            ticket.marks.encoded = time.monotonic()
+
+    def _guarded(self, compute: Callable[[], None], tickets: Sequence[Ticket]) -> None:
+        """A fault of ours ends the requests that it met and no other; a lost device ends the engine."""
+        try:
+            compute()
+        except Exception as error:
+            if is_device_lost(error):
+                raise
+            log.exception("%d requests failed", len(tickets))
+            for ticket in tickets:
+                ticket.fail(Internal("The server failed on this request; it is logged under its request id."))
+            self._drop(tickets)
 
     # -- endings ----------------------------------------------------------------------------------------------------
 
-    def _may_start(self, ticket: _Ticket) -> bool:
-        ticket.started = time.monotonic()
-        return self._may_go_on(ticket)
-
-    def _may_go_on(self, ticket: _Ticket) -> bool:
-        """Whether somebody still waits for this request; ends it if not."""
-        now = time.monotonic()
-        if ticket.future.cancelled():
-            return False
-        if now > ticket.request.deadline:
-            _fail(ticket, DeadlineExceeded("The request's deadline passed before its answer was complete."))
-            return False
-        if now > self._drain_deadline:
-            _fail(ticket, Draining("The server shut down before this request was complete.", retry_after_s=5))
-            return False
-        return True
-
-    def _settle(self, tickets: Sequence[_Ticket], batch: RunningBatch, clock: _Clock) -> None:
+    def _settle(self) -> None:
         """Answer the rows that ended in the last step."""
-        for row in batch.take_failed():
-            _fail(tickets[row], NonfiniteOutput("This task's prompt produced numbers that are not finite."))
-        for row in batch.take_finished():
-            ticket = tickets[row]
+        for row, error in self._batch.take_failed().items():
+            self._running[row].fail(_error(error))
+            self._drop([self._running[row]])
+        for row in self._batch.take_finished():
+            ticket = self._running[row]
             try:
-                answer = self._answer(ticket, clock)
+                answer = self._answer(ticket)
             except PromptmuxError as error:
-                _fail(ticket, error)
+                ticket.fail(error)
             else:
-                _resolve(ticket, answer)
+                ticket.resolve(answer)
+            self._drop([ticket])
 
-    def _answer(self, ticket: _Ticket, clock: _Clock) -> Answer:
-        outcome = ticket.search.outcome()
+    def _answer(self, ticket: Ticket) -> Answer:
         image = ticket.request.image
         size = (image.width, image.height) if image else None
-        output, score = decode_outcome(ticket.task.spec, self._tokenizer, outcome, size)
-        now = time.monotonic()
-        encoded = clock.marks["encode"]
+        output, score = decode_outcome(ticket.task.spec, self._tokenizer, ticket.search.outcome(), size)
         return Answer(
             task=ticket.task.ref.name,
             output=output,
             score=score,
             prompt=ticket.task.ref,
-            timings_ms={
-                "queue": _ms(ticket.started - ticket.admitted),
-                "vision": _ms(clock.start - ticket.started),
-                "encode": _ms(encoded - clock.start),
-                "decode": _ms(now - encoded),
-                "total": _ms(now - ticket.admitted),
-            },
+            timings_ms=ticket.marks.timings_ms(),
         )
 
 
-class _Clock:
-    """When a batch passed its stages, in `time.monotonic` seconds."""
-
-    def __init__(self) -> None:
-        self.start = time.monotonic()
-        self.marks: dict[str, float] = {}
-
-    def mark(self, stage: str) -> None:
-        self.marks[stage] = time.monotonic()
-
-
-def _prepare(picture: _Picture) -> None:
-    """Resize and normalise a picture, off the engine's thread."""
-    key = picture.key
-    try:
-        picture.pixels.set_result(preprocess(picture.image, key.size, key.mean, key.std))
-    except Exception as error:
-        picture.pixels.set_exception(error)
+def _work(ticket: Ticket) -> Work:
+    image = ticket.picture.seen if ticket.picture else None
+    return Work(
+        ticket.item.source_ids,
+        ticket.item.prefix_ids,
+        image,
+        ticket.search,
+        prompt=ticket.task.residence,
+        alone=ticket.deterministic,
+    )
 
 
-def _resolve(ticket: _Ticket, answer: Answer) -> None:
-    try:
-        ticket.future.set_result(answer)
-    except InvalidStateError:
-        assert ticket.future.cancelled()  # the client left between the last step and now
-
-
-def _fail(ticket: _Ticket, error: PromptmuxError) -> None:
-    try:
-        ticket.future.set_exception(error)
-    except InvalidStateError:
-        assert ticket.future.done()  # answered, failed or cancelled already
-
-
-def _ms(seconds: float) -> float:
-    return round(1000.0 * seconds, 3)
+def _error(cause: Exception) -> PromptmuxError:
+    """A request's failure as its caller is told it."""
+    if isinstance(cause, PromptmuxError):
+        return cause
+    if isinstance(cause, NonFiniteLogits):
+        return NonfiniteOutput("This task's prompt produced numbers that are not finite.")
+    if is_out_of_memory(cause):
+        return Overloaded("The device has too little memory free for this request.", retry_after_s=5)
+    return Internal("The server failed on this request; it is logged under its request id.")

@@ -22,6 +22,8 @@ class ImageKey:
     size: int
     mean: float
     std: float
+    alone: bool = False
+    """Seen in a pass of its own: the same bits whatever pictures others send."""
 
 
 class ImageCache:

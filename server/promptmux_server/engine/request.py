@@ -36,6 +36,8 @@ class Request:
     key: str = ""
     """Name of the API key that asks; "" where the server has none. Its share of the device is counted by it."""
     priority: Priority = "interactive"
+    deterministic: bool = False
+    """Share no product with another request: the same numbers to the last bit, whatever the load (evaluations)."""
     on_text: Callable[[str], None] | None = None
     """Called on the engine's thread with each new piece of a text that grows token by token (greedy and sampling); it
     must return at once. The pieces together are the answer's text. A beam search calls it never."""
@@ -124,12 +126,23 @@ class ImageCacheStats:
 
 
 @dataclass(frozen=True)
+class MemoryStats:
+    """Decoding memory handed out and there: slots of decoded tokens, places of encoder tokens."""
+
+    slots_used: int = 0
+    slots: int = 0
+    places_used: int = 0
+    places: int = 0
+
+
+@dataclass(frozen=True)
 class EngineLoad:
-    """How busy the engine is at this moment, and how full its image cache."""
+    """How busy the engine is at this moment, and how full its memories."""
 
     waiting: int
     running: int
     images: ImageCacheStats
+    memory: MemoryStats = MemoryStats()
 
 
 class EnginePort(Protocol):
@@ -154,6 +167,9 @@ class EnginePort(Protocol):
 
     def live(self) -> bool:
         """The engine thread is alive and has made progress recently."""
+
+    def failed(self) -> bool:
+        """The device is lost: nothing but a new process helps."""
 
     def load(self) -> EngineLoad:
         """Requests waiting and running now."""

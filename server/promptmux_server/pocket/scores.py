@@ -11,7 +11,7 @@ from pathlib import Path
 from promptmux_server.backbone.images import from_array
 from promptmux_server.backbone.model import OFA
 from promptmux_server.backbone.tokenizer import Tokenizer
-from promptmux_server.engine.engine import Engine
+from promptmux_server.engine.engine import Engine, EngineOptions
 from promptmux_server.engine.request import Answer, Request
 from promptmux_server.errors import NoBoxFound
 from promptmux_server.pocket.dataset import SceneDataset
@@ -46,7 +46,7 @@ def score_task(
     task: TaskName, model: OFA, tokenizer: Tokenizer, fingerprint: str, prompts: Path, data: SceneDataset, scenes: int
 ) -> TaskScore:
     """Ask one question about each of the first scenes of a held-out set; the questions are the same every time."""
-    engine = Engine(model, tokenizer, fingerprint, prompts, queue_size=2 * WAITING, max_batch=64)
+    engine = Engine(model, tokenizer, fingerprint, prompts, EngineOptions(queue_size=2 * WAITING, max_batch=64))
     engine.start()
     values, exact = [], []
     try:

@@ -22,6 +22,7 @@ class BeamSearch:
 
     def __init__(self, params: DecodingParams, trie: Trie | None, prefix: Sequence[int]) -> None:
         self.width = params.beam_size if params.method == "beam" else 1
+        self.most_tokens = self.width * params.max_length
         self._params, self._trie, self._prefix = params, trie, tuple(prefix)
         self._tokens: list[tuple[int, ...]] = [()]
         self._scores: list[tuple[float, ...]] = [()]

@@ -28,7 +28,9 @@ class CandidateScoring:
         self._rows: list[Path] = [()]
         self._steps: dict[Path, float] = {}
         """Log-probability of the last token of each path, given the tokens before it."""
-        self.width = max(1, max(len(level) for level in self._levels()))
+        levels = [len(level) for level in self._levels()]
+        self.width = max(1, *levels)
+        self.most_tokens = sum(levels[1:])
 
     def _levels(self) -> list[set[Path]]:
         longest = max(len(answer) for answer in self._candidates)

@@ -30,6 +30,10 @@ class Search(Protocol):
     def width(self) -> int:
         """The most rows that one step may ask for."""
 
+    @property
+    def most_tokens(self) -> int:
+        """The most tokens that all its steps together feed, over all rows."""
+
     def advance(self, logits: Tensor) -> Step | None:
         """Take the logits (rows, V) float32 of the rows asked for last; None means finished.
 

@@ -18,6 +18,7 @@ class Sampling:
 
     def __init__(self, params: DecodingParams, trie: Trie | None) -> None:
         self._params, self._trie = params, trie
+        self.most_tokens = params.max_length
         self._generator = torch.Generator()
         if params.seed is None:
             self._generator.seed()
