@@ -29,8 +29,8 @@ SHA = "ab" * 32
 
 
 class FakeEngine:
-    """Task "echo" answers at once with the text, "slow" when told to, "late" misses its deadline, "nan" fails alone, and
-    "assert" loses the device."""
+    """Task "echo" answers at once with the text, "slow" when told to, "late" misses its deadline, "nan" fails alone,
+    and "assert" loses the device."""
 
     def __init__(self) -> None:
         self.requests: list[Request] = []

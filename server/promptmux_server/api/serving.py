@@ -59,7 +59,7 @@ def server_config(asgi: ASGIApp, settings: Settings) -> uvicorn.Config:
 
 
 def serve(application: Application, engine: EnginePort, settings: Settings) -> None:
-    """Run until a signal ends it; the engine is stopped before this returns. Raises SystemExit if the device is lost."""
+    """Run until a signal ends it; the engine is stopped before this returns. Raises SystemExit for a lost device."""
     server = _Server(server_config(application.asgi, settings))
     asyncio.run(_run(server, application, engine, settings))
     if engine.failed():
