@@ -7,9 +7,11 @@ runner's, what a text means is the task's.
 from __future__ import annotations
 
 import logging
+import math
+import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +29,7 @@ from promptmux_server.engine.prompt_table import PromptPools
 from promptmux_server.engine.registry import Registry, ServedTask
 from promptmux_server.engine.request import Answer, EngineLoad, ReloadReport, Request, TaskStatus
 from promptmux_server.engine.runner import RunningBatch, Work
-from promptmux_server.engine.scheduler import AdmissionQueue
+from promptmux_server.engine.scheduler import FairQueue, QueueLimits, Share
 from promptmux_server.errors import (
     BackendUnhealthy,
     DeadlineExceeded,
@@ -80,13 +82,17 @@ class Engine:
         prompts: Path,
         *,
         queue_size: int = 256,
+        queue_per_key: int | None = None,
+        queue_per_task: int | None = None,
+        key_weights: Mapping[str, float] | None = None,
         max_batch: int = 32,
         image_cache_bytes: int = 0,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._pools = PromptPools(model.config, model.dtype, model.device)
         self._registry = Registry(prompts, model.config, fingerprint, self._pools)
-        self._queue: AdmissionQueue[_Ticket] = AdmissionQueue(queue_size)
+        limits = QueueLimits(queue_size, queue_per_key or queue_size, queue_per_task or queue_size)
+        self._queue: FairQueue[_Ticket] = FairQueue(limits, key_weights or {}, random.Random())
         self._max_batch = max_batch
         self._images = ImageCache(image_cache_bytes)
         self._preparing = ThreadPoolExecutor(2, thread_name_prefix="promptmux-images")
@@ -117,10 +123,12 @@ class Engine:
             self._registry.release(task)
             raise
         try:
-            self._queue.put(ticket)
+            share = Share(request.key, task.ref.name, request.priority)
+            self._queue.put(ticket, share, cost_ms=1.0, deadline=request.deadline)
         except PromptmuxError:
             ticket.future.cancel()
             raise
+        ticket.future.add_done_callback(lambda _: self._queue.discard(ticket))
         if ticket.picture and ticket.picture.seen is None:
             self._preparing.submit(_prepare, ticket.picture)
         return ticket.future
@@ -185,7 +193,9 @@ class Engine:
     # -- the loop ---------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while tickets := self._queue.take(self._max_batch):
+        while not self._queue.drained:
+            self._queue.wait(timeout_s=1.0)
+            tickets = self._queue.take(self._max_batch, math.inf, fits=lambda _: True)
             ready = [ticket for ticket in tickets if self._may_start(ticket)]
             self._running = len(ready)
             try:
