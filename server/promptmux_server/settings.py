@@ -36,8 +36,9 @@ class Settings(BaseSettings):
     metrics_port: Port | None = 8001
     """`/metrics` is served here, on loopback only; None = nowhere."""
     api_keys: Path | None = None
-    """File of lines `NAME SCOPE[,SCOPE] SHA256`, scopes `infer` and `admin`; without it every caller may do everything,
-    on loopback only."""
+    """File of lines `NAME SCOPE[,SCOPE] SHA256 [weight=NUMBER]`, scopes `infer` and `admin`; without it every caller
+    may do everything, on loopback only. A name of weight 2 gets twice the device time of one of weight 1 when both ask
+    for more than there is."""
 
     backbone: str = "pocket"
     """`pocket`, or a directory in promptmux or transformers format."""
@@ -53,6 +54,10 @@ class Settings(BaseSettings):
     max_batch: Count = 32
     queue_size: Count = 256
     """Items admitted at one time, whoever sent them; beyond it 503."""
+    queue_per_key: Count = 64
+    """Of them, items waiting for one API key; beyond it 429. Without a key file nothing is counted by key."""
+    queue_per_task: Count = 128
+    """Of them, items waiting for one task within one key, or of all callers without a key file; beyond it 429."""
     image_cache_bytes: Annotated[int, Field(ge=0)] = 256 * MIB
     """Pictures that the vision stem has seen, kept for other requests about them; 0 keeps none."""
     decode_cache_bytes: Count = 512 * MIB

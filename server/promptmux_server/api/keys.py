@@ -1,4 +1,6 @@
-"""Bearer keys: who may ask, who may change. Only digests are kept, and all are compared in constant time."""
+"""Bearer keys: who may ask, who may change, and whose name stands for whom. Only digests are kept, and all are compared
+in constant time. What a weight does is the engine's.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +8,48 @@ import hashlib
 import re
 import secrets
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from promptmux_server.errors import Forbidden, Unauthorized
 
 SCOPES = frozenset({"infer", "admin"})
-_LINE = re.compile(r"(?P<name>\S+)\s+(?P<scopes>[a-z,]+)\s+(?P<sha256>[0-9a-f]{64})")
+MIN_WEIGHT, MAX_WEIGHT = 0.01, 100.0
+
+_LINE = re.compile(
+    r"(?P<name>\S+)\s+(?P<scopes>[a-z,]+)\s+(?P<sha256>[0-9a-f]{64})(\s+weight=(?P<weight>\d{1,3}(\.\d{1,3})?))?"
+)
 
 
 class KeyFileError(ValueError):
     """The key file cannot be understood; the message names the line, never its content."""
 
 
-class Keys:
-    """sha256 of each key -> its scopes."""
+@dataclass(frozen=True)
+class Key:
+    """What one line of the key file grants. Lines of one name, such as an old and a new key, are one caller."""
 
-    def __init__(self, scopes: Mapping[str, frozenset[str]]) -> None:
-        self._scopes = dict(scopes)
+    name: str
+    scopes: frozenset[str]
+    weight: float = 1.0
+    """The name's part of a busy device, relative to other names."""
+
+
+class Keys:
+    """sha256 of each key -> what it grants."""
+
+    def __init__(self, keys: Mapping[str, Key]) -> None:
+        self._keys = dict(keys)
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read lines `NAME SCOPE[,SCOPE] SHA256`; blank lines and # comments are skipped. Raises KeyFileError."""
-        scopes = {}
+        """Read lines `NAME SCOPE[,SCOPE] SHA256 [weight=NUMBER]`; blank lines and # comments are skipped.
+
+        Raises KeyFileError, also for a key given twice and for a name given two weights.
+        """
+        keys: dict[str, Key] = {}
+        weights: dict[str, float] = {}
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
@@ -36,25 +57,45 @@ class Keys:
         for number, line in enumerate(lines, start=1):
             if not line.strip() or line.lstrip().startswith("#"):
                 continue
-            match = _LINE.fullmatch(line.strip())
-            granted = frozenset(match["scopes"].split(",")) if match else frozenset[str]()
-            if match is None or not granted <= SCOPES:
-                raise KeyFileError(f"line {number} of the key file is not NAME SCOPE[,SCOPE] SHA256")
-            scopes[match["sha256"]] = granted
-        if not scopes:
+            sha256, key = _parse(line, number)
+            if sha256 in keys:
+                raise KeyFileError(f"line {number} of the key file holds the key of an earlier line")
+            if weights.setdefault(key.name, key.weight) != key.weight:
+                raise KeyFileError(f"line {number} of the key file gives its name another weight than an earlier line")
+            keys[sha256] = key
+        if not keys:
             raise KeyFileError("the key file holds no key")
-        return cls(scopes)
+        return cls(keys)
 
-    def check(self, headers: Iterable[tuple[bytes, bytes]], *, admin: bool) -> None:
-        """Raise Unauthorized unless exactly one known key was sent, Forbidden if its scope does not reach."""
+    def check(self, headers: Iterable[tuple[bytes, bytes]], *, admin: bool) -> str:
+        """The name of the key that was sent.
+
+        Raises Unauthorized unless it is exactly one known key, Forbidden if its scope does not reach.
+        """
         given = [value for name, value in headers if name == b"authorization"]
-        scopes: frozenset[str] | None = None
+        found: Key | None = None
         if len(given) == 1 and given[0][:7].lower() == b"bearer ":
             digest = hashlib.sha256(given[0][7:].strip()).hexdigest()
-            for known, granted in self._scopes.items():
+            for known, key in self._keys.items():
                 if secrets.compare_digest(digest, known):
-                    scopes = granted
-        if scopes is None:
+                    found = key
+        if found is None:
             raise Unauthorized("Send a key of this server as `Authorization: Bearer KEY`.")
-        if ("admin" if admin else "infer") not in scopes:
+        if ("admin" if admin else "infer") not in found.scopes:
             raise Forbidden("This key's scope does not reach this route.")
+        return found.name
+
+    def weights(self) -> dict[str, float]:
+        """The weight of each name."""
+        return {key.name: key.weight for key in self._keys.values()}
+
+
+def _parse(line: str, number: int) -> tuple[str, Key]:
+    match = _LINE.fullmatch(line.strip())
+    granted = frozenset(match["scopes"].split(",")) if match else frozenset[str]()
+    if match is None or not granted <= SCOPES:
+        raise KeyFileError(f"line {number} of the key file is not NAME SCOPE[,SCOPE] SHA256 [weight=NUMBER]")
+    weight = float(match["weight"] or 1.0)
+    if not MIN_WEIGHT <= weight <= MAX_WEIGHT:
+        raise KeyFileError(f"line {number} of the key file: a weight is from {MIN_WEIGHT} to {MAX_WEIGHT:g}")
+    return match["sha256"], Key(match["name"], granted, weight)

@@ -83,3 +83,9 @@ class _LoadCollector(Collector):
         ):
             yield GaugeMetricFamily(f"promptmux_{name}_used", held, value=used)
             yield GaugeMetricFamily(f"promptmux_{name}_size", there, value=size)
+        errors = GaugeMetricFamily(
+            "promptmux_cost_model_error_ratio", "|predicted - measured| / measured of a pass.", labels=["stage"]
+        )
+        for stage, ratio in load.cost_errors.items():
+            errors.add_metric([stage], ratio)
+        yield errors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import structlog
@@ -31,7 +32,7 @@ def run_server(settings: Settings) -> None:
     torch.set_num_threads(settings.threads or usable_cores())
     torch.set_num_interop_threads(1)
     keys = Keys.read(settings.api_keys) if settings.api_keys else None
-    engine, name = build_engine(settings)
+    engine, name = build_engine(settings, keys.weights() if keys else {})
     report = engine.start()
     for task, problem in report.refused.items():
         log.warning("prompt refused", task=task, code=problem.code, reason=problem.message)
@@ -39,7 +40,7 @@ def run_server(settings: Settings) -> None:
     serve(build_app(engine, settings, name, keys), engine, settings)
 
 
-def build_engine(settings: Settings) -> tuple[Engine, str]:
+def build_engine(settings: Settings, key_weights: Mapping[str, float]) -> tuple[Engine, str]:
     """The engine of these settings, not started, and its backbone's name."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
     dtype = serving_dtype(device) if settings.dtype == "auto" else getattr(torch, settings.dtype)
@@ -62,10 +63,14 @@ def build_engine(settings: Settings) -> tuple[Engine, str]:
         EngineOptions(
             max_batch=settings.max_batch,
             queue_size=settings.queue_size,
+            queue_per_key=settings.queue_per_key,
+            queue_per_task=settings.queue_per_task,
+            key_weights=key_weights,
             image_cache_bytes=settings.image_cache_bytes,
             decode_cache_bytes=settings.decode_cache_bytes,
             cross_memory_bytes=settings.cross_memory_bytes,
             deterministic=settings.deterministic,
+            warm_up=True,
         ),
     )
     return engine, config.name

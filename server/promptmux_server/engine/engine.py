@@ -7,11 +7,13 @@ scheduler's, what a batch computes the runner's, what a text means the task's.
 from __future__ import annotations
 
 import logging
+import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from weakref import ref
 
@@ -22,6 +24,7 @@ from promptmux_server.backbone.memory_pool import MemoryPool
 from promptmux_server.backbone.model import OFA
 from promptmux_server.backbone.tokenizer import Tokenizer
 from promptmux_server.engine.admission import Admission
+from promptmux_server.engine.cost_model import CostModel, Stage, WorkSize
 from promptmux_server.engine.decoding import NonFiniteLogits
 from promptmux_server.engine.device_faults import is_device_lost, is_out_of_memory
 from promptmux_server.engine.memory import DecodingMemory
@@ -30,8 +33,9 @@ from promptmux_server.engine.prompt_table import PromptPools
 from promptmux_server.engine.registry import Registry, ServedTask
 from promptmux_server.engine.request import Answer, EngineLoad, ReloadReport, Request, TaskStatus
 from promptmux_server.engine.runner import RunningBatch, Work
-from promptmux_server.engine.scheduler import FairQueue, Share
+from promptmux_server.engine.scheduler import FairQueue, QueueLimits
 from promptmux_server.engine.ticket import Ticket
+from promptmux_server.engine.warm_up import warm_up
 from promptmux_server.errors import (
     BackendUnhealthy,
     DeadlineExceeded,
@@ -57,6 +61,10 @@ class EngineOptions:
     max_batch: int = 32
     """Requests in the running batch."""
     queue_size: int = 256
+    queue_per_key: int = 256
+    queue_per_task: int = 256
+    key_weights: Mapping[str, float] = field(default_factory=dict)
+    """Parts of the device by key name, relative to each other; 1.0 for a key that is not named."""
     joining_ms: float = 250.0
     """About how long running requests wait at most, at each step, for others to be encoded."""
     image_cache_bytes: int = 0
@@ -64,6 +72,8 @@ class EngineOptions:
     cross_memory_bytes: int = 2048 * MIB
     deterministic: bool = False
     """Every request alone in its products: the same answer to the last bit whatever the load, and slower."""
+    warm_up: bool = False
+    """Answer a few made-up requests before the first real one; the server does."""
     stalled_after_s: float = 30.0
     """A step that takes longer means that the device hangs."""
 
@@ -79,10 +89,12 @@ class Engine:
         prompts: Path,
         options: EngineOptions = EngineOptions(),
     ) -> None:
-        self._tokenizer, self._options = tokenizer, options
+        self._model, self._tokenizer, self._options = model, tokenizer, options
         self._pools = PromptPools(model.config, model.dtype, model.device)
         self._registry = Registry(prompts, model.config, fingerprint, self._pools)
-        self._queue: FairQueue[Ticket] = FairQueue(options.queue_size)
+        limits = QueueLimits(options.queue_size, options.queue_per_key, options.queue_per_task)
+        self._queue: FairQueue[Ticket] = FairQueue(limits, options.key_weights, random.Random())
+        self._costs = CostModel()
         self._pictures = Pictures(model, options.image_cache_bytes, self._queue.wake)
         self._memory = DecodingMemory(
             slots=options.decode_cache_bytes // DecodeCache.bytes_per_slot(model.config, model.dtype),
@@ -92,7 +104,7 @@ class Engine:
         self._batch = RunningBatch(model, self._pools, self._memory.stats())
         self._running: dict[int, Ticket] = {}
         self._thread = threading.Thread(target=self._run, name="promptmux-engine", daemon=True)
-        self._stopping = False
+        self._stopping = self._warm = False
         self._drain_deadline = float("inf")
         self._last_turn = time.monotonic()
         self._lost: str | None = None
@@ -114,9 +126,8 @@ class Engine:
         task = self._registry.resolve(request.task)
         try:
             ticket = self._admission.ticket(request, task)
-            self._queue.put(
-                ticket, Share(request.key, request.task, request.priority), cost_ms=1.0, deadline=request.deadline
-            )
+            ticket.cost_ms = self._estimate(ticket, self._costs.expected_steps(request.task, ticket.most_steps))
+            self._queue.put(ticket, ticket.share, ticket.cost_ms, request.deadline)
         except BaseException:
             self._registry.release(task)
             raise
@@ -125,6 +136,12 @@ class Engine:
         if ticket.picture:
             self._pictures.prepare(ticket.picture)
         return ticket.future
+
+    def _estimate(self, ticket: Ticket, steps: float) -> float:
+        """Milliseconds of the device for a request whose answer takes so many steps, in a batch half full."""
+        unseen = ticket.picture is not None and ticket.picture.seen is None
+        size = WorkSize(unseen, ticket.memory_length, len(ticket.item.prefix_ids), ticket.search.width, steps)
+        return self._costs.estimate(size, shared_by=(self._options.max_batch + 1) / 2)
 
     def _ended(self, ticket: Ticket | None, task: ServedTask) -> None:
         """Answered, failed or cancelled, on whatever thread: nothing of it waits any longer."""
@@ -139,7 +156,7 @@ class Engine:
         return self._registry.reload()
 
     def ready(self) -> bool:
-        return self.live() and not self._stopping and self._thread.is_alive()
+        return self._warm and self.live() and not self._stopping and self._thread.is_alive()
 
     def live(self) -> bool:
         if self._lost is not None or self._is_stalled():
@@ -154,7 +171,13 @@ class Engine:
         return self._thread.is_alive() and time.monotonic() - self._last_turn > self._options.stalled_after_s
 
     def load(self) -> EngineLoad:
-        return EngineLoad(len(self._queue), len(self._running), self._pictures.cache.stats(), self._memory.stats())
+        return EngineLoad(
+            waiting=len(self._queue),
+            running=len(self._running),
+            images=self._pictures.cache.stats(),
+            memory=self._memory.stats(),
+            cost_errors={str(stage): ratio for stage, ratio in self._costs.error_ratios.items()},
+        )
 
     def stop(self, drain_timeout_s: float) -> None:
         """Refuse new work, finish what is admitted for up to the given time, then fail the rest with `Draining`."""
@@ -172,6 +195,9 @@ class Engine:
     @torch.no_grad()
     def _run(self) -> None:
         try:
+            if self._options.warm_up:
+                warm_up(self._model, self._batch, self._memory, self._costs)
+            self._warm = True
             while not self._stopping or self._running or len(self._queue):
                 self._last_turn = time.monotonic()
                 self._turn()
@@ -190,8 +216,22 @@ class Engine:
         if not self._running:
             self._queue.wait(IDLE_S)
             return
-        self._guarded(self._batch.step, list(self._running.values()))
+        self._guarded(self._step, list(self._running.values()))
         self._settle()
+
+    def _step(self) -> None:
+        with self._measured("step", self._batch.beams):
+            self._batch.step()
+        for ticket in self._running.values():
+            ticket.steps += 1
+
+    @contextmanager
+    def _measured(self, stage: Stage, count: int) -> Iterator[None]:
+        """Let the cost model learn from a pass of so many units; one that fails teaches nothing."""
+        started = time.perf_counter()
+        yield
+        if count:
+            self._costs.observe(stage, count, 1000.0 * (time.perf_counter() - started))
 
     def _let_go(self) -> None:
         """End what is late, drop what nobody waits for."""
@@ -227,9 +267,13 @@ class Engine:
         for ticket in tickets:
             if self._running.pop(ticket.row, None) and ticket.claim:
                 self._memory.release(ticket.claim)
+                self._queue.charge(ticket.share, self._estimate(ticket, ticket.steps) - ticket.cost_ms)
+                ticket.picture = None  # megabytes, which whoever still knows the ticket must not keep
 
     def _encode(self, tickets: Sequence[Ticket]) -> None:
-        self._pictures.see([ticket.picture for ticket in tickets if ticket.picture])
+        pictures = {ticket.picture for ticket in tickets if ticket.picture and ticket.picture.seen is None}
+        with self._measured("stem", len(pictures)):
+            self._pictures.see(list(pictures))
         unseen = [ticket for ticket in tickets if ticket.picture and ticket.picture.failure]
         for ticket in unseen:
             assert ticket.picture
@@ -239,7 +283,7 @@ class Engine:
         seen = [ticket for ticket in tickets if ticket.row in self._running]
         for ticket in seen:
             ticket.marks.seen = time.monotonic()
-        if seen:
+        with self._measured("encode", sum(ticket.memory_length for ticket in seen)):
             self._batch.join([(ticket.row, _work(ticket), ticket.claim) for ticket in seen if ticket.claim])
         for ticket in seen:
             ticket.marks.encoded = time.monotonic()
@@ -265,6 +309,7 @@ class Engine:
             self._drop([self._running[row]])
         for row in self._batch.take_finished():
             ticket = self._running[row]
+            self._costs.learn_steps(ticket.request.task, ticket.steps)
             try:
                 answer = self._answer(ticket)
             except PromptmuxError as error:

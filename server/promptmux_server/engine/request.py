@@ -143,6 +143,8 @@ class EngineLoad:
     running: int
     images: ImageCacheStats
     memory: MemoryStats = MemoryStats()
+    cost_errors: Mapping[str, float] = field(default_factory=dict)
+    """By stage: how far off the cost model's predictions are, relative to what was measured."""
 
 
 class EnginePort(Protocol):

@@ -108,6 +108,11 @@ class RunningBatch:
     def live_rows(self) -> list[int]:
         return list(self._live)
 
+    @property
+    def beams(self) -> int:
+        """Rows of the next step's products."""
+        return sum(len(entry.step.tokens) for entry in self._live.values() if entry.step)
+
     def take_finished(self) -> list[int]:
         """Rows whose search ended since the last call."""
         rows, self._finished = self._finished, []

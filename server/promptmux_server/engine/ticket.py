@@ -11,6 +11,7 @@ from promptmux_server.engine.memory import Claim
 from promptmux_server.engine.pictures import Picture
 from promptmux_server.engine.registry import ServedTask
 from promptmux_server.engine.request import Answer, Request
+from promptmux_server.engine.scheduler import Share
 from promptmux_server.errors import PromptmuxError
 from promptmux_server.tasks import EncodedItem
 
@@ -51,6 +52,18 @@ class Ticket:
     future: Future[Answer] = field(default_factory=Future)
     marks: Marks = field(default_factory=Marks)
     claim: Claim | None = None
+    cost_ms: float = 0.0
+    """Of the device, as estimated at admission."""
+    steps: int = 0
+    """Decoding steps it has taken."""
+
+    @property
+    def share(self) -> Share:
+        return Share(self.request.key, self.request.task, self.request.priority)
+
+    @property
+    def most_steps(self) -> int:
+        return -(-self.search.most_tokens // self.search.width)
 
     @property
     def memory_length(self) -> int:
