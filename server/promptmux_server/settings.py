@@ -55,6 +55,10 @@ class Settings(BaseSettings):
     """Items admitted at one time, whoever sent them; beyond it 503."""
     image_cache_bytes: Annotated[int, Field(ge=0)] = 256 * MIB
     """Pictures that the vision stem has seen, kept for other requests about them; 0 keeps none."""
+    prompt_device_bytes: Annotated[int, Field(ge=0)] | None = None
+    """Prompts on the device, whole pages of both sides; None = room for 64 prompts of 100 positions."""
+    prompt_host_bytes: Annotated[int, Field(ge=0)] = 256 * MIB
+    """Prompts in host memory (page-locked for a GPU), so that they need not be read from disk again."""
     default_deadline_ms: Count = 10_000
     max_deadline_ms: Count = 60_000
 

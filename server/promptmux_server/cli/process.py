@@ -62,6 +62,8 @@ def build_engine(settings: Settings) -> tuple[Engine, str]:
         queue_size=settings.queue_size,
         max_batch=settings.max_batch,
         image_cache_bytes=settings.image_cache_bytes,
+        prompt_device_bytes=settings.prompt_device_bytes,
+        prompt_host_bytes=settings.prompt_host_bytes,
     )
     return engine, config.name
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,12 @@ from promptmux_server.backbone.model import OFA
 from promptmux_server.backbone.tokenizer import Tokenizer
 from promptmux_server.engine.decoding import Search, make_search
 from promptmux_server.engine.image_cache import ImageCache, ImageKey
-from promptmux_server.engine.prompt_table import PromptPools
+from promptmux_server.engine.prompt_copies import PromptCopies
+from promptmux_server.engine.prompt_files import PromptFiles
+from promptmux_server.engine.prompt_loader import PromptLoader
+from promptmux_server.engine.prompt_table import PromptPools, Residence
+from promptmux_server.engine.prompt_tiers import PromptTiers
+from promptmux_server.engine.prompt_versions import Lease
 from promptmux_server.engine.registry import Registry, ServedTask
 from promptmux_server.engine.request import Answer, EngineLoad, ReloadReport, Request, TaskStatus
 from promptmux_server.engine.runner import RunningBatch, Work
@@ -61,6 +66,7 @@ class _Ticket:
 
     request: Request
     task: ServedTask
+    lease: Lease
     item: EncodedItem
     search: Search
     picture: _Picture | None
@@ -82,11 +88,18 @@ class Engine:
         queue_size: int = 256,
         max_batch: int = 32,
         image_cache_bytes: int = 0,
+        prompt_device_bytes: int | None = None,
+        prompt_host_bytes: int = 256 << 20,
     ) -> None:
+        """`prompt_device_bytes` None makes room for 64 prompts of 100 positions."""
         self._model, self._tokenizer = model, tokenizer
-        self._pools = PromptPools(model.config, model.dtype, model.device)
-        self._registry = Registry(prompts, model.config, fingerprint, self._pools)
         self._queue: AdmissionQueue[_Ticket] = AdmissionQueue(queue_size)
+        files = PromptFiles.of(prompts, model.config, fingerprint, model.dtype)
+        self._pools = PromptPools(model.config, model.dtype, model.device, prompt_device_bytes)
+        copies = PromptCopies(self._pools)
+        self._tiers = PromptTiers(self._pools, copies, prompt_host_bytes)
+        self._loader = PromptLoader(self._tiers, copies, files.read, self._queue.wake)
+        self._registry = Registry(files, model.config, self._tiers)
         self._max_batch = max_batch
         self._images = ImageCache(image_cache_bytes)
         self._preparing = ThreadPoolExecutor(2, thread_name_prefix="promptmux-images")
@@ -100,6 +113,7 @@ class Engine:
     def start(self) -> ReloadReport:
         """Read the prompt directory and begin to serve."""
         report = self._registry.reload()
+        self._loader.start()
         self._thread.start()
         return report
 
@@ -109,12 +123,13 @@ class Engine:
             raise Draining("The server is shutting down. Send the request to another replica.", retry_after_s=5)
         if not self._thread.is_alive():
             raise BackendUnhealthy("The engine has stopped.", retry_after_s=10)
-        task = self._registry.resolve(request.task)
+        task, lease = self._registry.resolve(request.task)
         try:
-            ticket = self._ticket(request, task)
-            ticket.future.add_done_callback(lambda _: self._registry.release(task))
+            ticket = self._ticket(request, task, lease)
+            # A lease that is held by then ends when the engine has dropped its row, which may be reading still.
+            ticket.future.add_done_callback(lambda _: self._tiers.cancel(lease))
         except BaseException:
-            self._registry.release(task)
+            self._tiers.release(lease)
             raise
         try:
             self._queue.put(ticket)
@@ -131,6 +146,14 @@ class Engine:
     def reload(self) -> ReloadReport:
         return self._registry.reload()
 
+    def pin(self, name: str) -> None:
+        """Keep a task's prompt on the device; raises PromptNotFound, PromptQuarantined or PinRefused."""
+        self._registry.pin(name)
+
+    def unpin(self, name: str) -> None:
+        """Let a task's prompt leave the device again; raises PromptNotFound or PromptQuarantined."""
+        self._registry.unpin(name)
+
     def ready(self) -> bool:
         return self._thread.is_alive() and not self._stopping
 
@@ -138,7 +161,7 @@ class Engine:
         return self._thread.is_alive() or self._stopping
 
     def load(self) -> EngineLoad:
-        return EngineLoad(waiting=len(self._queue), running=self._running, images=self._images.stats())
+        return EngineLoad(len(self._queue), self._running, self._images.stats(), self._tiers.stats())
 
     def stop(self, drain_timeout_s: float) -> None:
         """Refuse new work, finish what is admitted for up to the given time, then fail the rest with `Draining`."""
@@ -150,10 +173,11 @@ class Engine:
         for ticket in self._queue.clear():
             _fail(ticket, Draining("The server shut down before this request ran.", retry_after_s=5))
         self._preparing.shutdown(wait=False, cancel_futures=True)
+        self._loader.close()
 
     # -- admission --------------------------------------------------------------------------------------------------
 
-    def _ticket(self, request: Request, task: ServedTask) -> _Ticket:
+    def _ticket(self, request: Request, task: ServedTask, lease: Lease) -> _Ticket:
         spec = task.spec
         if spec.takes_image and request.image is None and not spec.takes_text:
             raise InvalidParameter("This task needs a picture: send `image` as base64.", param="image")
@@ -165,6 +189,7 @@ class Engine:
         return _Ticket(
             request=request,
             task=task,
+            lease=lease,
             item=item,
             search=make_search(params, candidates=item.candidates, prefix=item.prefix_ids),
             picture=self._picture(request.image, spec) if request.image else None,
@@ -185,8 +210,8 @@ class Engine:
     # -- the loop ---------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while tickets := self._queue.take(self._max_batch):
-            ready = [ticket for ticket in tickets if self._may_start(ticket)]
+        while tickets := self._queue.take(self._max_batch, self._is_due):
+            ready = [ticket for ticket in tickets if ticket.lease.residence and self._may_start(ticket)]
             self._running = len(ready)
             try:
                 self._serve(ready)
@@ -194,7 +219,24 @@ class Engine:
                 log.exception("a batch of %d requests failed", len(ready))
                 for ticket in ready:
                     _fail(ticket, Internal("The server failed on this request; it is logged under its request id."))
+            finally:
+                self._let_go(tickets)
             self._running = 0
+
+    def _is_due(self, ticket: _Ticket) -> bool:
+        """Whether a waiting request can leave the queue: its prompt's pages are held for it, or it has ended."""
+        if not self._may_go_on(ticket):
+            return True
+        try:
+            return self._tiers.hold(ticket.lease) is not None
+        except PromptmuxError as error:
+            _fail(ticket, error)
+            return True
+
+    def _let_go(self, tickets: Iterable[_Ticket]) -> None:
+        """Give back the prompts of requests whose rows have left the batch."""
+        for ticket in tickets:
+            self._tiers.release(ticket.lease)
 
     @torch.no_grad()
     def _serve(self, tickets: Sequence[_Ticket]) -> None:
@@ -207,12 +249,14 @@ class Engine:
             Work(ticket.item.source_ids, ticket.item.prefix_ids, image, ticket.search)
             for ticket, image in zip(tickets, images, strict=True)
         ]
-        batch = RunningBatch(self._model, works, self._pools.batch([ticket.task.residence for ticket in tickets]))
+        batch = RunningBatch(self._model, works, self._pools.batch([_home(ticket) for ticket in tickets]))
         clock.mark("encode")
         batch.prefill()
         self._settle(tickets, batch, clock)
         while batch.live_rows:
-            batch.drop({row for row in batch.live_rows if not self._may_go_on(tickets[row])})
+            gone = {row for row in batch.live_rows if not self._may_go_on(tickets[row])}
+            batch.drop(gone)
+            self._let_go(tickets[row] for row in gone)
             if batch.live_rows:
                 batch.step()
             self._settle(tickets, batch, clock)
@@ -276,9 +320,11 @@ class Engine:
 
     def _settle(self, tickets: Sequence[_Ticket], batch: RunningBatch, clock: _Clock) -> None:
         """Answer the rows that ended in the last step."""
-        for row in batch.take_failed():
+        failed, finished = batch.take_failed(), batch.take_finished()
+        self._let_go(tickets[row] for row in failed + finished)
+        for row in failed:
             _fail(tickets[row], NonfiniteOutput("This task's prompt produced numbers that are not finite."))
-        for row in batch.take_finished():
+        for row in finished:
             ticket = tickets[row]
             try:
                 answer = self._answer(ticket, clock)
@@ -327,6 +373,13 @@ def _prepare(picture: _Picture) -> None:
         picture.pixels.set_result(preprocess(picture.image, key.size, key.mean, key.std))
     except Exception as error:
         picture.pixels.set_exception(error)
+
+
+def _home(ticket: _Ticket) -> Residence:
+    """Where the prompt of a request that runs lies."""
+    home = ticket.lease.residence
+    assert home is not None
+    return home
 
 
 def _resolve(ticket: _Ticket, answer: Answer) -> None:

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from promptmux_server.errors import Draining, Overloaded
 
 Ticket = TypeVar("Ticket")
+
+RECHECK_S = 0.05
+"""How often tickets that wait for their prompts are looked at, in case their deadlines pass."""
 
 
 class AdmissionQueue(Generic[Ticket]):
@@ -36,12 +40,28 @@ class AdmissionQueue(Generic[Ticket]):
             self._waiting.append(ticket)
             self._changed.notify()
 
-    def take(self, most: int) -> list[Ticket]:
-        """Wait for tickets and return up to `most` of them in order; an empty list means closed and drained."""
+    def take(self, most: int, may_leave: Callable[[Ticket], bool]) -> list[Ticket]:
+        """Wait for tickets that may leave and return up to `most` of them in order; none means closed and drained.
+
+        `may_leave` is asked of each in turn, under the queue's lock, until enough have said yes; those leave for good.
+        """
         with self._changed:
-            while not self._waiting and not self._closed:
-                self._changed.wait()
-            return [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
+            while self._waiting or not self._closed:
+                taken: list[Ticket] = []
+                staying: deque[Ticket] = deque()
+                while self._waiting and len(taken) < most:
+                    ticket = self._waiting.popleft()
+                    (taken if may_leave(ticket) else staying).append(ticket)
+                self._waiting.extendleft(reversed(staying))
+                if taken:
+                    return taken
+                self._changed.wait(RECHECK_S if self._waiting else None)
+            return []
+
+    def wake(self) -> None:
+        """Some ticket may leave now that could not before."""
+        with self._changed:
+            self._changed.notify()
 
     def close(self) -> None:
         """Refuse new tickets; those already waiting are still handed out."""
