@@ -25,7 +25,8 @@ from promptmux_server.backbone.sizes import OFA_SIZES
 from promptmux_server.backbone.tokenizer import SPECIALS, Tokenizer
 from promptmux_server.backbone.weights import load_backbone
 from promptmux_server.backbone.weights.random_init import random_backbone
-from promptmux_server.engine.engine import Engine, EngineOptions
+from promptmux_server.engine.engine import Engine
+from promptmux_server.engine.options import EngineOptions
 from promptmux_server.engine.request import Answer, Request
 
 

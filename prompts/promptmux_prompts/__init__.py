@@ -1,6 +1,6 @@
 """Prompt files: what they hold, how they are read and written, what refuses them. Needs torch and safetensors only."""
 
-from promptmux_prompts.directory import DirectoryReport, Refusal, scan_directory
+from promptmux_prompts.directory import Refusal, prompt_path, scan_directory
 from promptmux_prompts.errors import (
     InvalidPromptFile,
     PromptBackboneMismatch,
@@ -13,7 +13,6 @@ from promptmux_prompts.format import Prompt, PromptShape, load_prompt, read_prom
 from promptmux_prompts.manifest import ImageInput, Kind, Manifest
 
 __all__ = [
-    "DirectoryReport",
     "ImageInput",
     "InvalidPromptFile",
     "Kind",
@@ -27,6 +26,7 @@ __all__ = [
     "PromptShapeMismatch",
     "Refusal",
     "load_prompt",
+    "prompt_path",
     "read_prompt",
     "scan_directory",
     "write_prompt",

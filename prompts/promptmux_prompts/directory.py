@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,27 +21,26 @@ class Refusal:
     message: str
 
 
-@dataclass(frozen=True)
-class DirectoryReport:
-    """Prompts by file name, and refusals."""
-
-    prompts: tuple[Prompt, ...]
-    refused: tuple[Refusal, ...]
+def prompt_path(directory: Path, name: str) -> Path:
+    """Where a directory keeps the prompt of this name."""
+    return directory / f"{name}.safetensors"
 
 
 def scan_directory(
     directory: Path, *, shape: PromptShape, fingerprint: str | None, dtype: torch.dtype
-) -> DirectoryReport:
-    """Read every `*.safetensors` of a directory; a bad one is reported and keeps no other from loading."""
-    prompts, refused = [], []
+) -> Iterator[Prompt | Refusal]:
+    """Read every prompt file of a directory, by name; a bad one is reported and keeps no other from loading.
+
+    One at a time, since all of them together may be more than fits in memory.
+    """
     for path in sorted(directory.glob("*.safetensors")):
         try:
             prompt = load_prompt(path, shape=shape, fingerprint=fingerprint, dtype=dtype)
             if prompt.manifest.name != path.stem:
                 raise InvalidPromptFile(f"the file must be named {prompt.manifest.name}.safetensors after its manifest")
-            prompts.append(prompt)
         except PromptFileError as error:
-            refused.append(Refusal(path.stem, error.code, str(error)))
+            yield Refusal(path.stem, error.code, str(error))
         except OSError as error:
-            refused.append(Refusal(path.stem, "invalid_prompt_file", f"cannot be read: {error.strerror}"))
-    return DirectoryReport(tuple(prompts), tuple(refused))
+            yield Refusal(path.stem, "invalid_prompt_file", f"cannot be read: {error.strerror}")
+        else:
+            yield prompt

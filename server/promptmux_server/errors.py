@@ -21,7 +21,9 @@ the one place that turns an exception into an answer.
     │   │   ├── PromptShapeMismatch    422  prompt_shape_mismatch
     │   │   ├── PromptNonfinite        422  prompt_nonfinite
     │   │   ├── PromptDigestMismatch   422  prompt_digest_mismatch
-    │   │   └── PromptBackboneMismatch 422  prompt_backbone_mismatch
+    │   │   ├── PromptBackboneMismatch 422  prompt_backbone_mismatch
+    │   │   └── PromptTooLarge         422  prompt_too_large       more pages than the device's pool can spare
+    │   ├── PinRefused                 422  pin_refused            pinning it would leave other prompts no room
     │   ├── NoBoxFound                 422  no_box                 the output of the model is not a box
     │   ├── TenantQueueFull            429  tenant_queue_full      the caller's own share is used up
     │   ├── HeaderTooLarge             431  header_too_large
@@ -177,6 +179,19 @@ class PromptBackboneMismatch(PromptRefused):
     """The prompt was trained for another backbone."""
 
     code = "prompt_backbone_mismatch"
+
+
+class PromptTooLarge(PromptRefused):
+    """It needs more room than the device's prompt pool has beside what is pinned there."""
+
+    code = "prompt_too_large"
+
+
+class PinRefused(RequestError):
+    """Pinning this prompt would leave too little room for the largest of the others."""
+
+    code = "pin_refused"
+    status = 422
 
 
 class NoBoxFound(RequestError):

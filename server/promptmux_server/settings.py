@@ -66,6 +66,10 @@ class Settings(BaseSettings):
     """What the encoder said, as the decoder reads it: for OFA-base in float32 35 MB a picture of 480 pixels."""
     deterministic: bool = False
     """Answers that are the same to the last bit whatever the load; slower, see docs/log.md."""
+    prompt_device_bytes: Annotated[int, Field(ge=0)] | None = None
+    """Prompts on the device, whole pages of both sides; None = room for 64 prompts of 100 positions."""
+    prompt_host_bytes: Annotated[int, Field(ge=0)] = 256 * MIB
+    """Prompts in host memory (page-locked for a GPU), so that they need not be read from disk again."""
     default_deadline_ms: Count = 10_000
     max_deadline_ms: Count = 60_000
 

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 import tiny
 from promptmux_server.backbone.images import DecodedImage, from_array
 from promptmux_server.engine.decoding import make_search
-from promptmux_server.engine.engine import Engine, EngineOptions
+from promptmux_server.engine.engine import Engine
 from promptmux_server.engine.memory import Claim, DecodingMemory
+from promptmux_server.engine.options import EngineOptions
 from promptmux_server.engine.prompt_table import NO_PROMPT, PromptPools
 from promptmux_server.engine.request import Answer, Request
 from promptmux_server.engine.runner import RunningBatch, Work

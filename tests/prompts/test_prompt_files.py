@@ -23,6 +23,7 @@ from promptmux_prompts import (
     PromptFileError,
     PromptNonfinite,
     PromptShapeMismatch,
+    Refusal,
     load_prompt,
     read_prompt,
     scan_directory,
@@ -257,9 +258,9 @@ def test_a_directory_serves_the_good_and_explains_the_bad(tmp_path: Path) -> Non
     (tmp_path / "broken.safetensors").write_bytes(GOOD[:50])
     (tmp_path / "renamed.safetensors").write_bytes(GOOD)
     (tmp_path / "notes.txt").write_text("not a prompt")
-    report = scan_directory(tmp_path, shape=tiny.shape(), fingerprint=FINGERPRINT, dtype=torch.float32)
-    assert [prompt.manifest.name for prompt in report.prompts] == ["fine", "good"]
-    assert {entry.name: entry.code for entry in report.refused} == {
+    found = list(scan_directory(tmp_path, shape=tiny.shape(), fingerprint=FINGERPRINT, dtype=torch.float32))
+    assert [entry.manifest.name for entry in found if isinstance(entry, Prompt)] == ["fine", "good"]
+    assert {entry.name: entry.code for entry in found if isinstance(entry, Refusal)} == {
         "broken": "invalid_prompt_file",
         "renamed": "invalid_prompt_file",
     }

@@ -141,5 +141,8 @@ class Task(_Model):
     takes_image: bool = False
     metric: dict[str, Any] | None = None
     hits: int = 0
+    tier: str | None = None
+    """Where its prompt is: `device`, `host` or `disk`; None from a server that does not say."""
+    pinned: bool = False
     last_used_s: float | None = None
     error: ErrorDetail | None = None

@@ -104,6 +104,8 @@ class Task(_Document):
     takes_image: bool
     metric: dict[str, Any] | None
     hits: int
+    tier: Literal["device", "host", "disk"]
+    pinned: bool
     last_used_s: float | None
     error: Reason | None
 

@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from starlette.types import Scope
 
-from promptmux_server.engine.request import EnginePort
+from promptmux_server.engine.request import EnginePort, PromptPoolStats
 
 BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 OTHER = "other"
@@ -89,3 +89,24 @@ class _LoadCollector(Collector):
         for stage, ratio in load.cost_errors.items():
             errors.add_metric([stage], ratio)
         yield errors
+        yield from _prompt_metrics(load.prompts)
+
+
+def _prompt_metrics(prompts: PromptPoolStats) -> Iterator[Metric]:
+    gauges: dict[str, tuple[float, str]] = {
+        "device_bytes": (prompts.device_bytes, "Prompt pages in use on the device, in bytes."),
+        "device_budget_bytes": (prompts.device_budget_bytes, "Bytes that prompt pages may take on the device."),
+        "host_bytes": (prompts.host_bytes, "Prompts in host memory, in bytes."),
+        "host_budget_bytes": (prompts.host_budget_bytes, "Bytes that prompts may take in host memory."),
+        "resident": (prompts.resident, "Prompts on the device."),
+        "waiting": (prompts.waiting, "Items whose prompt is not on the device yet."),
+    }
+    counters: dict[str, tuple[float, str]] = {
+        "loads": (prompts.loads, "Prompts brought to the device."),
+        "evictions": (prompts.evictions, "Prompts that left the device to make room."),
+        "wait_seconds": (prompts.wait_s, "Time that items have waited for their prompts."),
+    }
+    for name, (value, text) in gauges.items():
+        yield GaugeMetricFamily(f"promptmux_prompt_{name}", text, value=value)
+    for name, (value, text) in counters.items():
+        yield CounterMetricFamily(f"promptmux_prompt_{name}", text, value=value)

@@ -69,10 +69,11 @@ def tasks(url: UrlOption = DEFAULT_URL, as_json: JsonOption = False) -> None:
             task.name,
             task.kind or "",
             task.state if task.error is None else f"refused: {task.error.code}",
+            f"{task.tier or ''}{', pinned' if task.pinned else ''}",
             f"{task.encoder_length}+{task.decoder_length}",
             "" if task.metric is None else f"{task.metric.get('name')} {task.metric.get('value')}",
             (task.sha256 or "")[:12],
         )
         for task in found
     ]
-    print_table(("task", "kind", "state", "length", "score", "sha256"), rows)
+    print_table(("task", "kind", "state", "place", "length", "score", "sha256"), rows)

@@ -18,7 +18,8 @@ from promptmux_server.api.serving import serve
 from promptmux_server.backbone.assemble import assemble, serving_dtype
 from promptmux_server.backbone.weights import load_backbone
 from promptmux_server.cli.machine import usable_cores
-from promptmux_server.engine.engine import Engine, EngineOptions
+from promptmux_server.engine.engine import Engine
+from promptmux_server.engine.options import EngineOptions
 from promptmux_server.errors import BackboneNotFound
 from promptmux_server.pocket import LIBRARY, WEIGHTS
 from promptmux_server.settings import Settings
@@ -69,6 +70,8 @@ def build_engine(settings: Settings, key_weights: Mapping[str, float]) -> tuple[
             image_cache_bytes=settings.image_cache_bytes,
             decode_cache_bytes=settings.decode_cache_bytes,
             cross_memory_bytes=settings.cross_memory_bytes,
+            prompt_device_bytes=settings.prompt_device_bytes,
+            prompt_host_bytes=settings.prompt_host_bytes,
             deterministic=settings.deterministic,
             warm_up=True,
         ),

@@ -13,6 +13,7 @@ from promptmux_server.engine.decoding import make_search
 from promptmux_server.engine.image_cache import ImageKey
 from promptmux_server.engine.memory import DecodingMemory
 from promptmux_server.engine.pictures import Pictures
+from promptmux_server.engine.prompt_versions import Lease
 from promptmux_server.engine.registry import ServedTask
 from promptmux_server.engine.request import Request
 from promptmux_server.engine.ticket import Ticket
@@ -32,7 +33,7 @@ class Admission:
         self._deterministic = deterministic
         self._rows = count()
 
-    def ticket(self, request: Request, task: ServedTask) -> Ticket:
+    def ticket(self, request: Request, task: ServedTask, lease: Lease) -> Ticket:
         """Raises InvalidParameter for a request that this task, or this server, cannot answer."""
         spec = task.spec
         if spec.takes_image and request.image is None and not spec.takes_text:
@@ -48,7 +49,7 @@ class Admission:
             key = ImageKey(request.image.digest, spec.image_size, spec.image_mean, spec.image_std, alone)
             picture = self._pictures.find(request.image, key)
         search = make_search(params, candidates=item.candidates, prefix=item.prefix_ids)
-        ticket = Ticket(request, task, item, search, picture, alone, next(self._rows))
+        ticket = Ticket(request, task, lease, item, search, picture, alone, next(self._rows))
         if not self._memory.fits(ticket.slots, ticket.memory_length):
             raise InvalidParameter(
                 "This request needs more decoding memory than the server has: ask for fewer beams or tokens, or raise "

@@ -10,10 +10,9 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from weakref import ref
 
@@ -28,9 +27,15 @@ from promptmux_server.engine.cost_model import CostModel, Stage, WorkSize
 from promptmux_server.engine.decoding import NonFiniteLogits
 from promptmux_server.engine.device_faults import is_device_lost, is_out_of_memory
 from promptmux_server.engine.memory import DecodingMemory
+from promptmux_server.engine.options import EngineOptions
 from promptmux_server.engine.pictures import Pictures
+from promptmux_server.engine.prompt_copies import PromptCopies
+from promptmux_server.engine.prompt_files import PromptFiles
+from promptmux_server.engine.prompt_loader import PromptLoader
 from promptmux_server.engine.prompt_table import PromptPools
-from promptmux_server.engine.registry import Registry, ServedTask
+from promptmux_server.engine.prompt_tiers import PromptTiers
+from promptmux_server.engine.prompt_versions import Lease
+from promptmux_server.engine.registry import Registry
 from promptmux_server.engine.request import Answer, EngineLoad, ReloadReport, Request, TaskStatus
 from promptmux_server.engine.runner import RunningBatch, Work
 from promptmux_server.engine.scheduler import FairQueue, QueueLimits
@@ -49,33 +54,8 @@ from promptmux_server.tasks import decode_outcome
 
 log = logging.getLogger(__name__)
 
-MIB = 1 << 20
 IDLE_S = 0.5
 """The longest the loop sleeps; what it waits for wakes it sooner."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineOptions:
-    """How much of the machine the engine may use, and how."""
-
-    max_batch: int = 32
-    """Requests in the running batch."""
-    queue_size: int = 256
-    queue_per_key: int = 256
-    queue_per_task: int = 256
-    key_weights: Mapping[str, float] = field(default_factory=dict)
-    """Parts of the device by key name, relative to each other; 1.0 for a key that is not named."""
-    joining_ms: float = 250.0
-    """About how long running requests wait at most, at each step, for others to be encoded."""
-    image_cache_bytes: int = 0
-    decode_cache_bytes: int = 512 * MIB
-    cross_memory_bytes: int = 2048 * MIB
-    deterministic: bool = False
-    """Every request alone in its products: the same answer to the last bit whatever the load, and slower."""
-    warm_up: bool = False
-    """Answer a few made-up requests before the first real one; the server does."""
-    stalled_after_s: float = 30.0
-    """A step that takes longer means that the device hangs."""
 
 
 class Engine:
@@ -87,14 +67,19 @@ class Engine:
         tokenizer: Tokenizer,
         fingerprint: str,
         prompts: Path,
-        options: EngineOptions = EngineOptions(),
+        options: EngineOptions | None = None,
     ) -> None:
+        options = options or EngineOptions()
         self._model, self._tokenizer, self._options = model, tokenizer, options
-        self._pools = PromptPools(model.config, model.dtype, model.device)
-        self._registry = Registry(prompts, model.config, fingerprint, self._pools)
         limits = QueueLimits(options.queue_size, options.queue_per_key, options.queue_per_task)
         self._queue: FairQueue[Ticket] = FairQueue(limits, options.key_weights, random.Random())
         self._costs = CostModel()
+        files = PromptFiles.of(prompts, model.config, fingerprint, model.dtype)
+        self._pools = PromptPools(model.config, model.dtype, model.device, options.prompt_device_bytes)
+        copies = PromptCopies(self._pools)
+        self._tiers = PromptTiers(self._pools, copies, options.prompt_host_bytes)
+        self._loader = PromptLoader(self._tiers, copies, files.read, self._queue.wake)
+        self._registry = Registry(files, model.config, self._tiers)
         self._pictures = Pictures(model, options.image_cache_bytes, self._queue.wake)
         self._memory = DecodingMemory(
             slots=options.decode_cache_bytes // DecodeCache.bytes_per_slot(model.config, model.dtype),
@@ -114,6 +99,7 @@ class Engine:
     def start(self) -> ReloadReport:
         """Read the prompt directory and begin to serve."""
         report = self._registry.reload()
+        self._loader.start()
         self._thread.start()
         return report
 
@@ -123,16 +109,16 @@ class Engine:
             raise Draining("The server is shutting down. Send the request to another replica.", retry_after_s=5)
         if self._lost is not None or not self._thread.is_alive():
             raise BackendUnhealthy("The engine has stopped.", retry_after_s=10)
-        task = self._registry.resolve(request.task)
+        task, lease = self._registry.resolve(request.task)
         try:
-            ticket = self._admission.ticket(request, task)
+            ticket = self._admission.ticket(request, task, lease)
             ticket.cost_ms = self._estimate(ticket, self._costs.expected_steps(request.task, ticket.most_steps))
             self._queue.put(ticket, ticket.share, ticket.cost_ms, request.deadline)
         except BaseException:
-            self._registry.release(task)
+            self._tiers.release(lease)
             raise
         waiting = ref(ticket)  # weak: else future and ticket would keep each other, and the picture, until a collection
-        ticket.future.add_done_callback(lambda _: self._ended(waiting(), task))
+        ticket.future.add_done_callback(lambda _: self._ended(waiting(), lease))
         if ticket.picture:
             self._pictures.prepare(ticket.picture)
         return ticket.future
@@ -143,11 +129,22 @@ class Engine:
         size = WorkSize(unseen, ticket.memory_length, len(ticket.item.prefix_ids), ticket.search.width, steps)
         return self._costs.estimate(size, shared_by=(self._options.max_batch + 1) / 2)
 
-    def _ended(self, ticket: Ticket | None, task: ServedTask) -> None:
-        """Answered, failed or cancelled, on whatever thread: nothing of it waits any longer."""
+    def _ended(self, ticket: Ticket | None, lease: Lease) -> None:
+        """Answered, failed or cancelled, on whatever thread: nothing of it waits any longer.
+
+        A prompt that is held by then is given back when its row is dropped, which may be reading still.
+        """
         if ticket is not None:
             self._queue.discard(ticket)
-        self._registry.release(task)
+        self._tiers.cancel(lease)
+
+    def pin(self, name: str) -> None:
+        """Keep a task's prompt on the device; raises PromptNotFound, PromptQuarantined or PinRefused."""
+        self._registry.pin(name)
+
+    def unpin(self, name: str) -> None:
+        """Let a task's prompt leave the device again; raises PromptNotFound or PromptQuarantined."""
+        self._registry.unpin(name)
 
     def tasks(self) -> list[TaskStatus]:
         return self._registry.statuses()
@@ -176,6 +173,7 @@ class Engine:
             running=len(self._running),
             images=self._pictures.cache.stats(),
             memory=self._memory.stats(),
+            prompts=self._tiers.stats(),
             cost_errors={str(stage): ratio for stage, ratio in self._costs.error_ratios.items()},
         )
 
@@ -187,6 +185,7 @@ class Engine:
         if self._thread.ident is not None:
             self._thread.join(drain_timeout_s + 5.0)
         self._pictures.close()
+        self._loader.close()
         for ticket in [*self._queue.clear(), *self._running.values()]:
             ticket.fail(Draining("The server shut down before this request was complete.", retry_after_s=5))
 
@@ -245,27 +244,39 @@ class Engine:
         self._drop([ticket for ticket in self._running.values() if ticket.future.done()])
 
     def _may_join(self, ticket: Ticket) -> bool:
-        """Claim the memory of a request whose picture is ready; a request that may not join now is asked again."""
+        """Whether picture, prompt and memory are there, both claimed then; a request told no is asked again."""
         if ticket.picture and not ticket.picture.ready:
             return False
+        try:
+            if self._tiers.hold(ticket.lease) is None:
+                return False
+        except PromptmuxError as error:
+            ticket.refusal = error
+            return True
         ticket.claim = self._memory.claim(ticket.slots, ticket.memory_length)
         return ticket.claim is not None
 
     def _join(self, tickets: Sequence[Ticket]) -> None:
         """Stem, encoder and decoder prefixes of those who come in."""
-        if not tickets:
-            return
         for ticket in tickets:
             ticket.marks.started = time.monotonic()
             self._running[ticket.row] = ticket
-        self._guarded(lambda: self._encode(tickets), tickets)
-        self._settle()
+            if ticket.refusal is not None:
+                ticket.fail(ticket.refusal)
+        self._drop([ticket for ticket in tickets if ticket.future.done()])
+        joining = [ticket for ticket in tickets if ticket.row in self._running]
+        if joining:
+            self._guarded(lambda: self._encode(joining), joining)
+            self._settle()
 
     def _drop(self, tickets: Sequence[Ticket]) -> None:
         """Let requests leave the batch and give back what they held, those that the batch has ended among them."""
         self._batch.drop({ticket.row for ticket in tickets})
         for ticket in tickets:
-            if self._running.pop(ticket.row, None) and ticket.claim:
+            if self._running.pop(ticket.row, None) is None:
+                continue
+            self._tiers.release(ticket.lease)
+            if ticket.claim:
                 self._memory.release(ticket.claim)
                 self._queue.charge(ticket.share, self._estimate(ticket, ticket.steps) - ticket.cost_ms)
                 ticket.picture = None  # megabytes, which whoever still knows the ticket must not keep
@@ -338,7 +349,7 @@ def _work(ticket: Ticket) -> Work:
         ticket.item.prefix_ids,
         image,
         ticket.search,
-        prompt=ticket.task.residence,
+        prompt=ticket.lease.residence,
         alone=ticket.deterministic,
     )
 

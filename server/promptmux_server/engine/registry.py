@@ -1,7 +1,8 @@
 """Names to served tasks: the prompt directory as the engine sees it, reloadable while requests run.
 
-A request resolves its name once, at admission, and holds that version until it ends; a replaced version leaves the
-device only when its last holder is gone. Owns versions and reference counts; file checks belong to `promptmux_prompts`.
+A request resolves its name once, at admission, and its lease keeps that version loadable until it ends, whatever the
+name stands for by then. Owns names and their versions. How a file is checked belongs to `promptmux_prompts`; where a
+version's numbers are, to `prompt_tiers`.
 """
 
 from __future__ import annotations
@@ -9,29 +10,25 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from promptmux_prompts import DirectoryReport, Prompt, PromptFileError, PromptShape, scan_directory
+from promptmux_prompts import Prompt, PromptFileError, Refusal
 from promptmux_server.backbone.config import BackboneConfig
-from promptmux_server.engine.prompt_table import PromptPools, Residence
+from promptmux_server.engine.prompt_files import PromptFiles
+from promptmux_server.engine.prompt_tiers import Place, PromptTiers
+from promptmux_server.engine.prompt_versions import Lease, PromptSource
 from promptmux_server.engine.request import PromptRef, ReloadReport, TaskProblem, TaskStatus
-from promptmux_server.errors import PromptNotFound, PromptQuarantined
+from promptmux_server.errors import PinRefused, PromptNotFound, PromptQuarantined, PromptTooLarge
 from promptmux_server.tasks import TaskSpec
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class ServedTask:
-    """One version of one task, resident on the device."""
+    """One version of one task."""
 
     ref: PromptRef
     spec: TaskSpec
-    residence: Residence
-    bytes: int
+    source: PromptSource
     metric: dict[str, object] | None
-    users: int = 0
-    """Requests that were resolved to this version and have not ended."""
-    retired: bool = False
-    """A newer version took the name, or it was removed."""
 
 
 @dataclass
@@ -48,42 +45,56 @@ class _State:
     served: dict[str, ServedTask] = field(default_factory=dict)
     refused: dict[str, TaskProblem] = field(default_factory=dict)
     usage: dict[str, _Usage] = field(default_factory=dict)
+    pinned: set[str] = field(default_factory=set)
+    """Names whose version of the moment is pinned."""
 
 
 class Registry:
     """The tasks of one prompt directory on one backbone; every method may be called from any thread."""
 
-    def __init__(self, directory: Path, config: BackboneConfig, fingerprint: str, pools: PromptPools) -> None:
-        self._directory, self._config, self._fingerprint, self._pools = directory, config, fingerprint, pools
+    def __init__(self, files: PromptFiles, config: BackboneConfig, tiers: PromptTiers) -> None:
+        self._files, self._config, self._tiers = files, config, tiers
         self._state = _State()
         self._lock = threading.Lock()
+        self._reloading = threading.Lock()
 
     def reload(self) -> ReloadReport:
-        """Read the directory again; a bad file is refused with its reason and harms no other."""
-        config = self._config
-        shape = PromptShape(config.encoder_layers, config.decoder_layers, config.heads, config.head_dim)
-        found = scan_directory(
-            self._directory, shape=shape, fingerprint=self._fingerprint, dtype=self._pools.encoder.key.dtype
-        )
-        with self._lock:
-            return self._adopt(found)
+        """Read the directory again; a bad file is refused with its reason and harms no other.
 
-    def _adopt(self, found: DirectoryReport) -> ReloadReport:
-        """Serve what is new, retire what is gone; a name whose file turned bad keeps its good version."""
-        before = {name: task.ref.sha256 for name, task in self._state.served.items()}
-        refused = {entry.name: TaskProblem(entry.code, entry.message) for entry in found.refused}
-        after: dict[str, str] = {}
-        for prompt in found.prompts:
-            name = prompt.manifest.name
-            try:
-                if before.get(name) != prompt.digest:
-                    self._serve(prompt)
-                after[name] = prompt.digest
-            except PromptFileError as error:
-                refused[name] = TaskProblem(error.code, str(error))
+        Files are taken up one by one, so that no more than one prompt's numbers are in transit.
+        """
+        with self._reloading:  # an older view of the directory must not overtake a newer one
+            with self._lock:
+                before = {name: task.ref.sha256 for name, task in self._state.served.items()}
+            refused: dict[str, TaskProblem] = {}
+            after: dict[str, str] = {}
+            for entry in self._files.scan():
+                with self._lock:
+                    self._take_up(entry, after, refused)
+            with self._lock:
+                return self._conclude(before, after, refused)
+
+    def _take_up(self, entry: Prompt | Refusal, after: dict[str, str], refused: dict[str, TaskProblem]) -> None:
+        """Serve a good file's version; a name whose file turned bad keeps its good version while there is a copy."""
+        if isinstance(entry, Refusal):
+            refused[entry.name] = TaskProblem(entry.code, entry.message)
+            return
+        name = entry.manifest.name
+        try:
+            self._serve(entry)
+        except (PromptFileError, PromptTooLarge) as error:
+            refused[name] = TaskProblem(error.code, str(error))
+        else:
+            after[name] = entry.digest
+
+    def _conclude(self, before: dict[str, str], after: dict[str, str], refused: dict[str, TaskProblem]) -> ReloadReport:
+        """Retire what is gone, and say what has changed."""
         removed = sorted(before.keys() - after.keys() - refused.keys())
         for name in removed:
-            self._retire(self._state.served.pop(name))
+            self._state.pinned.discard(name)
+            self._tiers.retire(self._state.served.pop(name).ref.sha256)
+        for name in before.keys() & refused.keys():
+            self._tiers.lose(before[name])
         self._state.refused = {name: problem for name, problem in refused.items() if name not in before}
         return ReloadReport(
             added=tuple(sorted(after.keys() - before.keys())),
@@ -95,62 +106,83 @@ class Registry:
 
     def _serve(self, prompt: Prompt) -> None:
         name = prompt.manifest.name
+        source = self._files.source(prompt)
+        before = self._state.served.get(name)
+        if before is not None and before.ref.sha256 == prompt.digest:
+            self._tiers.register(source, prompt)
+            return
         spec = TaskSpec.from_manifest(prompt.manifest, self._config)
+        if self._tiers.too_large(source.encoder_length, source.decoder_length):
+            raise PromptTooLarge(
+                "the prompt needs more room than the device's prompt pool has beside what is pinned there; "
+                "see PROMPTMUX_PROMPT_DEVICE_BYTES"
+            )
         usage = self._state.usage.setdefault(name, _Usage())
         usage.version += 1
-        tensors = (prompt.encoder_key, prompt.encoder_value, prompt.decoder_key, prompt.decoder_value)
-        task = ServedTask(
+        self._tiers.register(source, prompt)
+        self._state.served[name] = ServedTask(
             ref=PromptRef(name, usage.version, prompt.digest),
             spec=spec,
-            residence=self._pools.store(prompt),
-            bytes=sum(tensor.nbytes for tensor in tensors),
+            source=source,
             metric=dict(prompt.manifest.metric) if prompt.manifest.metric else None,
         )
-        if name in self._state.served:
-            self._retire(self._state.served[name])
-        self._state.served[name] = task
+        self._state.refused.pop(name, None)
+        if before is not None:
+            self._tiers.retire(before.ref.sha256)
+            self._pin_again(name)
 
-    def _retire(self, task: ServedTask) -> None:
-        task.retired = True
-        self._free_if_unused(task)
+    def _pin_again(self, name: str) -> None:
+        """A pin is the name's: a new version takes it over, unless it is too large for that."""
+        if name in self._state.pinned:
+            try:
+                self._tiers.pin(self._state.served[name].ref.sha256)
+            except PinRefused:
+                self._state.pinned.remove(name)
 
-    def _free_if_unused(self, task: ServedTask) -> None:
-        if task.retired and task.users == 0:
-            self._pools.free(task.residence)
-
-    def resolve(self, name: str) -> ServedTask:
-        """The version that a name stands for now, held until `release`."""
+    def resolve(self, name: str) -> tuple[ServedTask, Lease]:
+        """The version that a name stands for now, and a lease on it, which the caller must release."""
         with self._lock:
-            task = self._state.served.get(name)
-            if task is None:
-                if name in self._state.refused:
-                    raise PromptQuarantined(
-                        f"This task's prompt file was refused ({self._state.refused[name].code}); see GET /v1/tasks.",
-                        param="task",
-                    )
-                raise PromptNotFound("No such task. GET /v1/tasks lists those that are served.", param="task")
+            task = self._find(name)
             usage = self._state.usage[name]
             usage.hits += 1
             usage.last_used = time.monotonic()
-            task.users += 1
-            return task
+            return task, self._tiers.prefetch(task.ref.sha256)
 
-    def release(self, task: ServedTask) -> None:
+    def pin(self, name: str) -> None:
+        """Keep a task's prompt on the device; raises PromptNotFound, PromptQuarantined or PinRefused."""
         with self._lock:
-            task.users -= 1
-            self._free_if_unused(task)
+            self._tiers.pin(self._find(name).ref.sha256)
+            self._state.pinned.add(name)
+
+    def unpin(self, name: str) -> None:
+        """Let a task's prompt go when others need the room; raises PromptNotFound or PromptQuarantined."""
+        with self._lock:
+            self._tiers.unpin(self._find(name).ref.sha256)
+            self._state.pinned.discard(name)
+
+    def _find(self, name: str) -> ServedTask:
+        task = self._state.served.get(name)
+        if task is None:
+            if name in self._state.refused:
+                raise PromptQuarantined(
+                    f"This task's prompt file was refused ({self._state.refused[name].code}); see GET /v1/tasks.",
+                    param="task",
+                )
+            raise PromptNotFound("No such task. GET /v1/tasks lists those that are served.", param="task")
+        return task
 
     def statuses(self) -> list[TaskStatus]:
         """Served and refused tasks, by name."""
         now = time.monotonic()
         with self._lock:
-            ready = [self._status(task, now) for task in self._state.served.values()]
+            places = self._tiers.places()
+            ready = [self._status(task, places[task.ref.sha256], now) for task in self._state.served.values()]
             refused = [
                 TaskStatus(name=name, state="refused", error=problem) for name, problem in self._state.refused.items()
             ]
         return sorted(ready + refused, key=lambda status: status.name)
 
-    def _status(self, task: ServedTask, now: float) -> TaskStatus:
+    def _status(self, task: ServedTask, place: Place, now: float) -> TaskStatus:
         usage = self._state.usage[task.ref.name]
         return TaskStatus(
             name=task.ref.name,
@@ -158,12 +190,14 @@ class Registry:
             kind=task.spec.kind,
             version=task.ref.version,
             sha256=task.ref.sha256,
-            encoder_length=task.residence.encoder_length,
-            decoder_length=task.residence.decoder_length,
-            bytes=task.bytes,
+            encoder_length=task.source.encoder_length,
+            decoder_length=task.source.decoder_length,
+            bytes=task.source.bytes,
             takes_text=task.spec.takes_text,
             takes_image=task.spec.takes_image,
             metric=task.metric,
             hits=usage.hits,
+            tier=place.tier,
+            pinned=place.pinned,
             last_used_s=None if usage.last_used is None else round(now - usage.last_used, 3),
         )

@@ -98,6 +98,10 @@ class TaskStatus:
     metric: Mapping[str, object] | None = None
     hits: int = 0
     """Requests answered since the start."""
+    tier: Literal["device", "host", "disk"] = "disk"
+    """The fastest memory that holds the prompt now."""
+    pinned: bool = False
+    """Kept on the device, whoever else wants room there."""
     last_used_s: float | None = None
     """Seconds since the last request; None = never used."""
     error: TaskProblem | None = None
@@ -125,6 +129,27 @@ class ImageCacheStats:
     misses: int = 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class PromptPoolStats:
+    """Where prompts are now, and how they have moved since the start."""
+
+    device_bytes: int = 0
+    """Of the pages handed out."""
+    device_budget_bytes: int = 0
+    host_bytes: int = 0
+    host_budget_bytes: int = 0
+    resident: int = 0
+    """Prompts that have pages on the device."""
+    waiting: int = 0
+    """Requests whose prompt is not on the device yet."""
+    loads: int = 0
+    """Prompts brought to the device."""
+    evictions: int = 0
+    """Prompts that left the device to make room."""
+    wait_s: float = 0.0
+    """Seconds that requests have waited for their prompts, all together."""
+
+
 @dataclass(frozen=True)
 class MemoryStats:
     """Decoding memory handed out and there: slots of decoded tokens, places of encoder tokens."""
@@ -145,6 +170,7 @@ class EngineLoad:
     memory: MemoryStats = MemoryStats()
     cost_errors: Mapping[str, float] = field(default_factory=dict)
     """By stage: how far off the cost model's predictions are, relative to what was measured."""
+    prompts: PromptPoolStats = PromptPoolStats()
 
 
 class EnginePort(Protocol):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from promptmux_server.engine.decoding import Search
 from promptmux_server.engine.memory import Claim
 from promptmux_server.engine.pictures import Picture
+from promptmux_server.engine.prompt_versions import Lease
 from promptmux_server.engine.registry import ServedTask
 from promptmux_server.engine.request import Answer, Request
 from promptmux_server.engine.scheduler import Share
@@ -44,6 +45,7 @@ class Ticket:
 
     request: Request
     task: ServedTask
+    lease: Lease
     item: EncodedItem
     search: Search
     picture: Picture | None
@@ -52,6 +54,8 @@ class Ticket:
     future: Future[Answer] = field(default_factory=Future)
     marks: Marks = field(default_factory=Marks)
     claim: Claim | None = None
+    refusal: PromptmuxError | None = None
+    """Why it cannot run, found while it waited."""
     cost_ms: float = 0.0
     """Of the device, as estimated at admission."""
     steps: int = 0

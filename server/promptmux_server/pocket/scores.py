@@ -11,7 +11,8 @@ from pathlib import Path
 from promptmux_server.backbone.images import from_array
 from promptmux_server.backbone.model import OFA
 from promptmux_server.backbone.tokenizer import Tokenizer
-from promptmux_server.engine.engine import Engine, EngineOptions
+from promptmux_server.engine.engine import Engine
+from promptmux_server.engine.options import EngineOptions
 from promptmux_server.engine.request import Answer, Request
 from promptmux_server.errors import NoBoxFound
 from promptmux_server.pocket.dataset import SceneDataset
