@@ -72,6 +72,13 @@ def test_counts_that_never_vary_scale_the_line_and_keep_its_shape() -> None:
     assert 0 < model.predict("step", 1) < 44.0
 
 
+def test_counts_that_hardly_vary_do_not_make_a_slope_of_noise() -> None:
+    chance, model = random.Random(2), CostModel(Coefficients(step=Line(6.0, 0.5)))
+    for _ in range(2000):
+        model.observe("step", chance.randint(31, 33), 22.0 * chance.uniform(0.9, 1.1))
+        assert 0.25 <= model.coefficients.step.slope_ms <= 1.0
+
+
 def test_one_compilation_does_not_own_the_fit() -> None:
     model = fed(400)
     model.observe("step", 50, 60_000.0)

@@ -322,7 +322,33 @@ def test_the_budget_ends_the_picking_but_never_before_the_first() -> None:
         waiting.put(ticket, Share("a", "x"), 10.0)
     assert waiting.take(9, 1.0, anything) == [0]
     assert waiting.take(9, 25.0, anything) == [1, 2, 3]
-    assert waiting.take(9, 20.0, anything) == [4, 5]
+    assert waiting.take(1, 0.0, anything) == [4]
+    assert waiting.take(9, 20.0, anything) == [5]
+
+
+def test_a_deadline_is_kept_to_the_end_and_not_beyond() -> None:
+    waiting = queue()
+    waiting.put(1, Share("a", "x"), 1.0, deadline=5.0)
+    assert waiting.expire(5.0) == []
+    assert waiting.expire(5.001) == [1]
+    assert take(waiting) == []
+
+
+def test_nothing_is_kept_of_tickets_that_came_and_went() -> None:
+    """Thousands of callers leave at once while one ticket waits: neither order nor deadlines remember them."""
+    waiting = queue()
+    for task in range(30):
+        waiting.put(-1 - task, Share("a", f"t{task}"), 1.0, deadline=1e9)
+    for ticket in range(5000):
+        waiting.put(ticket, Share("b", f"t{ticket % 30}"), 1.0, deadline=1e9)
+        assert waiting.discard(ticket)
+    assert len(waiting._deadlines) <= 2 * 31 + 64
+    assert len(waiting._order.root.children["interactive"].order) <= 2 * 2 + 16
+    for _ in range(500):
+        waiting.charge(Share("a", "t7"), 1.0)
+    tasks = waiting._order.root.children["interactive"].children["a"]
+    assert len(tasks.order) <= 2 * 30 + 16
+    assert take(waiting, 99) == [-1 - task for task in range(30) if task != 7] + [-8]
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

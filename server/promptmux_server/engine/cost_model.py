@@ -22,7 +22,7 @@ ERROR_MEMORY = 0.95
 STEPS_MEMORY = 0.9
 MAX_SURPRISE = 10.0
 """No measurement counts for more than so many times what was expected: one compilation must not own the fit."""
-MIN_SPREAD = 1e-3
+MIN_SPREAD = 1e-2
 """Variance of the counts, over their squared mean, below which they do not tell a constant from a slope."""
 
 

@@ -191,6 +191,5 @@ class Look(Generic[Ticket]):
 def _rest(node: Node[Ticket]) -> None:
     """Nothing waits here any more. Nobody was kept waiting by what the children had, so all of it is forgotten."""
     node.place, node.cost_ms = None, 0.0
-    node.now_ms = max(node.now_ms, *(child.service_ms for child in node.children.values()), 0.0)
     node.children.clear()
     node.order.clear()
