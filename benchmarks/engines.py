@@ -1,4 +1,4 @@
-"""What the serving benchmarks share: an engine on a backbone with many made-up tasks, requests of known length, a clock.
+"""What the serving benchmarks share: an engine with many made-up tasks, requests of known length, a clock.
 
 Prompts are random, so answers mean nothing; every answer has exactly as many tokens as its task says, so that two ways
 of serving the same requests do the same arithmetic.
@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from ofa_base_picture import placeholder_tokenizer
+
 from promptmux_prompts import ImageInput, Manifest, Prompt, write_prompt
 from promptmux_server.backbone.assemble import assemble, serving_dtype
 from promptmux_server.backbone.images import DecodedImage, from_array
