@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from promptmux_server.engine.cost_model import STAGES, Coefficients, CostModel, Line, Stage, WorkSize
 
-TRUE = Coefficients(Line(3.0, 40.0), Line(8.0, 0.05), Line(2.0, 0.4), Line(12.0, 0.9))
+TRUE = Coefficients(Line(3.0, 40.0), Line(8.0, 0.05), Line(12.0, 0.9))
 
 
 def fed(passes: int, noise: float = 0.0, truth: Coefficients = TRUE, model: CostModel | None = None) -> CostModel:
@@ -60,8 +60,8 @@ def test_no_measurements_make_a_line_negative_or_an_estimate_zero(passes: list[t
         assert line.constant_ms >= 0
         assert line.slope_ms >= 0
         assert math.isfinite(line.at(5000))
-    assert model.estimate(WorkSize(True, 100, 1, 5, 20.0)) > 0
-    assert model.estimate(WorkSize(False, 1, 1, 1, 0.0)) > 0
+    assert model.estimate(WorkSize(True, 100, 5, 20.0)) > 0
+    assert model.estimate(WorkSize(False, 1, 1, 0.0)) > 0
 
 
 def test_counts_that_never_vary_scale_the_line_and_keep_its_shape() -> None:
@@ -93,15 +93,15 @@ def test_what_no_clock_can_measure_is_refused(count: int, measured_ms: float) ->
 
 def test_an_estimate_adds_up_the_passes_of_a_request() -> None:
     model = CostModel(TRUE)
-    picture = WorkSize(picture=True, source_tokens=100, prefix_tokens=5, beams=5, expected_steps=10)
-    text = WorkSize(picture=False, source_tokens=100, prefix_tokens=5, beams=5, expected_steps=10)
-    assert model.estimate(text) == pytest.approx((8 + 5) + (2 + 2) + 10 * (12 + 4.5))
+    picture = WorkSize(picture=True, source_tokens=100, beams=5, expected_steps=10)
+    text = WorkSize(picture=False, source_tokens=100, beams=5, expected_steps=10)
+    assert model.estimate(text) == pytest.approx((8 + 5) + 10 * (12 + 4.5))
     assert model.estimate(picture) - model.estimate(text) == pytest.approx(43)
 
 
 def test_the_estimates_of_a_batch_add_up_to_the_batch() -> None:
-    model, size = CostModel(TRUE), WorkSize(True, 100, 5, 5, 10)
-    batch_ms = TRUE.stem.at(8) + TRUE.encode.at(800) + TRUE.prefill.at(40) + 10 * TRUE.step.at(40)
+    model, size = CostModel(TRUE), WorkSize(True, 100, 5, 10)
+    batch_ms = TRUE.stem.at(8) + TRUE.encode.at(800) + 10 * TRUE.step.at(40)
     assert 8 * model.estimate(size, shared_by=8) == pytest.approx(batch_ms)
 
 

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-Stage = Literal["stem", "encode", "prefill", "step"]
-"""Counted in: pictures; encoder tokens; decoder prefix tokens; rows (live beams) of one decoding step."""
+Stage = Literal["stem", "encode", "step"]
+"""Counted in: pictures; encoder tokens, decoder prefixes run in their pass; rows (live beams) of a step."""
 
-STAGES: tuple[Stage, ...] = ("stem", "encode", "prefill", "step")
+STAGES: tuple[Stage, ...] = ("stem", "encode", "step")
 
 MEMORY = 0.98
 """Weight of a measurement after the next one: the last 50 carry the fit."""
@@ -44,7 +44,6 @@ class Coefficients:
 
     stem: Line = Line(5.0, 60.0)
     encode: Line = Line(5.0, 0.2)
-    prefill: Line = Line(5.0, 0.2)
     step: Line = Line(5.0, 0.5)
 
     def of(self, stage: Stage) -> Line:
@@ -61,7 +60,6 @@ class WorkSize:
     """Whether its picture has yet to pass the stem."""
     source_tokens: int
     """Encoder tokens, those of the picture included."""
-    prefix_tokens: int
     beams: int
     expected_steps: float
 
@@ -102,8 +100,7 @@ class CostModel:
 
         stem_ms = part("stem", 1) if size.picture else 0.0
         steps_ms = size.expected_steps * part("step", size.beams)
-        once_ms = part("encode", size.source_tokens) + part("prefill", size.prefix_tokens)
-        return max(stem_ms + once_ms + steps_ms, 1e-3)
+        return max(stem_ms + part("encode", size.source_tokens) + steps_ms, 1e-3)
 
     def observe(self, stage: Stage, count: float, measured_ms: float) -> None:
         """Learn from one pass of a stage over `count` (> 0) units. Raises ValueError for what no clock can measure."""

@@ -126,7 +126,7 @@ class Engine:
     def _estimate(self, ticket: Ticket, steps: float) -> float:
         """Milliseconds of the device for a request whose answer takes so many steps, in a batch half full."""
         unseen = ticket.picture is not None and ticket.picture.seen is None
-        size = WorkSize(unseen, ticket.memory_length, len(ticket.item.prefix_ids), ticket.search.width, steps)
+        size = WorkSize(unseen, ticket.memory_length, ticket.search.width, steps)
         return self._costs.estimate(size, shared_by=(self._options.max_batch + 1) / 2)
 
     def _ended(self, ticket: Ticket | None, lease: Lease) -> None:
@@ -165,7 +165,11 @@ class Engine:
 
     def _is_stalled(self) -> bool:
         """Whether the turn that runs now has taken too long; an idle engine begins a turn every `IDLE_S`."""
-        return self._thread.is_alive() and time.monotonic() - self._last_turn > self._options.stalled_after_s
+        return (
+            self._warm
+            and time.monotonic() - self._last_turn > self._options.stalled_after_s
+            and self._thread.is_alive()
+        )
 
     def load(self) -> EngineLoad:
         return EngineLoad(
@@ -247,14 +251,18 @@ class Engine:
         """Whether picture, prompt and memory are there, both claimed then; a request told no is asked again."""
         if ticket.picture and not ticket.picture.ready:
             return False
+        ticket.claim = self._memory.claim(ticket.slots, ticket.memory_length)
+        if ticket.claim is None:
+            return False
         try:
-            if self._tiers.hold(ticket.lease) is None:
-                return False
+            if self._tiers.hold(ticket.lease) is not None:
+                return True
         except PromptmuxError as error:
             ticket.refusal = error
             return True
-        ticket.claim = self._memory.claim(ticket.slots, ticket.memory_length)
-        return ticket.claim is not None
+        self._memory.release(ticket.claim)
+        ticket.claim = None
+        return False
 
     def _join(self, tickets: Sequence[Ticket]) -> None:
         """Stem, encoder and decoder prefixes of those who come in."""
@@ -275,11 +283,11 @@ class Engine:
         for ticket in tickets:
             if self._running.pop(ticket.row, None) is None:
                 continue
+            assert ticket.claim
+            self._memory.release(ticket.claim)
             self._tiers.release(ticket.lease)
-            if ticket.claim:
-                self._memory.release(ticket.claim)
-                self._queue.charge(ticket.share, self._estimate(ticket, ticket.steps) - ticket.cost_ms)
-                ticket.picture = None  # megabytes, which whoever still knows the ticket must not keep
+            self._queue.charge(ticket.share, self._estimate(ticket, ticket.steps) - ticket.cost_ms)
+            ticket.picture = None  # megabytes, which whoever still knows the ticket must not keep
 
     def _encode(self, tickets: Sequence[Ticket]) -> None:
         pictures = {ticket.picture for ticket in tickets if ticket.picture and ticket.picture.seen is None}
