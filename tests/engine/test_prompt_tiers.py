@@ -14,7 +14,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from promptmux_prompts import Prompt
 from promptmux_server.engine import prompt_tiers
 from promptmux_server.engine.prompt_table import NO_PROMPT
-from promptmux_server.engine.prompt_tiers import PATIENCE, Fetch
+from promptmux_server.engine.prompt_tiers import PATIENCE, Fetch, Load
 from promptmux_server.engine.prompt_versions import Lease
 from promptmux_server.errors import Internal, PinRefused, PromptQuarantined
 from tier_bench import Bench, prompt
@@ -270,8 +270,8 @@ def test_a_replaced_version_is_read_to_its_end_by_those_who_claimed_it() -> None
     assert old.digest not in bench.tiers._host
 
 
-@pytest.mark.parametrize("lost", [True, False], ids=["file-gone", "file-there"])
-def test_the_last_copy_on_the_device_stays_while_somebody_claims_it(lost: bool) -> None:
+@pytest.mark.parametrize("file", ["gone", "there", "back"])
+def test_the_last_copy_on_the_device_stays_while_somebody_claims_it(file: str) -> None:
     bench = Bench(pages=1, host_prompts=0)
     bench.serve(prompt("a"), prompt("b"))
     first = bench.tiers.prefetch(prompt("a").digest)
@@ -279,11 +279,90 @@ def test_the_last_copy_on_the_device_stays_while_somebody_claims_it(lost: bool) 
     bench.tiers.release(first)
     older = bench.tiers.prefetch(prompt("b").digest)
     younger = bench.tiers.prefetch(prompt("a").digest)
-    if lost:
+    if file != "there":
         bench.tiers.lose(prompt("a").digest)
+    if file == "back":
+        bench.serve(prompt("a"))
     bench.settle()
-    assert (bench.tiers.hold(older) is None) == lost
-    assert (bench.tiers.hold(younger) is not None) == lost
+    assert (bench.tiers.hold(older) is None) == (file == "gone")
+    assert (bench.tiers.hold(younger) is not None) == (file == "gone")
+
+
+def test_a_host_copy_of_a_lost_version_stays_while_somebody_claims_it() -> None:
+    bench = Bench(pages=1, host_prompts=1)
+    bench.serve(prompt("a"), prompt("b"))
+    assert bench.fetch(prompt("a"))
+    bench.tiers.lose(prompt("a").digest)
+    bench.tiers.prefetch(prompt("b").digest)
+    bench.settle()
+    assert prompt("a").digest in bench.tiers._host
+
+
+def test_a_version_that_ends_while_it_is_loaded_leaves_nothing() -> None:
+    bench = Bench(pages=1, host_prompts=1)
+    bench.serve(prompt("a"))
+    lease = bench.tiers.prefetch(prompt("a").digest)
+    job = bench.tiers.plan()
+    assert isinstance(job, Load)
+    bench.tiers.retire(prompt("a").digest)
+    bench.tiers.cancel(lease)
+    bench.loader._load(job)
+    bench.settle()
+    bench.check([])
+    assert (bench.tiers.stats().device_bytes, bench.tiers.stats().host_bytes) == (0, 0)
+
+
+def test_a_retired_version_is_pinned_no_more() -> None:
+    bench = Bench(pages=2)
+    bench.serve(prompt("a"))
+    bench.tiers.pin(prompt("a").digest)
+    bench.settle()
+    assert bench.tiers.too_large(64, 0)
+    bench.tiers.retire(prompt("a").digest)
+    assert not bench.tiers.too_large(64, 0)
+
+
+def test_nobody_is_evicted_whose_pages_do_not_help() -> None:
+    bench = Bench(pages=2)
+    elsewhere, there, new = prompt("x", 0, 0, 20), prompt("y", 0, 20, 0), prompt("z", 0, 64, 0)
+    bench.serve(elsewhere, there, new)
+    for item in (elsewhere, there):
+        lease = bench.tiers.prefetch(item.digest)
+        bench.settle()
+        bench.tiers.release(lease)
+    assert bench.fetch(new)
+    assert [bench.tiers.places()[item.digest].tier for item in (elsewhere, there)] == ["device", "disk"]
+
+
+def closed_bench(monkeypatch: pytest.MonkeyPatch, changes: list[int]) -> tuple[Bench, Lease, Lease]:
+    """One place, read by a; the claim of b has waited long enough, so that a younger claim of a must wait."""
+    monkeypatch.setattr(prompt_tiers, "PATIENCE", 0)
+    bench = Bench(pages=1, on_change=lambda: changes.append(1))
+    bench.serve(prompt("a"), prompt("b"))
+    assert bench.fetch(prompt("a"))
+    older, younger = (bench.tiers.prefetch(prompt(name).digest) for name in "ba")
+    bench.settle()
+    assert bench.tiers.hold(younger) is None
+    changes.clear()
+    return bench, older, younger
+
+
+def test_a_closed_version_opens_when_the_older_claim_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    changes: list[int] = []
+    bench, older, younger = closed_bench(monkeypatch, changes)
+    bench.tiers.cancel(older)
+    bench.settle()
+    assert changes == [1]
+    assert bench.tiers.hold(younger)
+
+
+def test_a_closed_version_opens_when_it_becomes_the_last_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    changes: list[int] = []
+    bench, _, younger = closed_bench(monkeypatch, changes)
+    bench.tiers.lose(prompt("a").digest)
+    bench.settle()
+    assert changes == [1]
+    assert bench.tiers.hold(younger)
 
 
 def test_a_damaged_file_fails_its_own_requests_and_heals() -> None:
@@ -332,9 +411,13 @@ def test_pins_stay_and_leave_room_for_the_largest() -> None:
         bench.tiers.pin(prompt("c").digest)
     assert bench.tiers.too_large(65, 1)
     assert not bench.tiers.too_large(64, 64)
-    assert bench.fetch(large)
+    lease = bench.tiers.prefetch(large.digest)
+    bench.settle()
+    assert bench.tiers.hold(lease)
     places = bench.tiers.places()
     assert [places[prompt(name).digest].tier for name in "abc"] == ["device", "device", "disk"]
+    bench.tiers.release(lease)
+    assert bench.fetch(prompt("c"))
     assert bench.tiers.hold(bench.tiers.prefetch(prompt("a").digest))
     bench.tiers.unpin(prompt("a").digest)
     bench.tiers.pin(prompt("c").digest)
