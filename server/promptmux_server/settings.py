@@ -53,6 +53,8 @@ class Settings(BaseSettings):
     max_batch: Count = 32
     queue_size: Count = 256
     """Items admitted at one time, whoever sent them; beyond it 503."""
+    queue_per_key: Count = 128
+    """Items of one API key admitted at one time; beyond it 429. Without keys there are no shares."""
     image_cache_bytes: Annotated[int, Field(ge=0)] = 256 * MIB
     """Pictures that the vision stem has seen, kept for other requests about them; 0 keeps none."""
     default_deadline_ms: Count = 10_000
@@ -65,6 +67,8 @@ class Settings(BaseSettings):
     max_image_pixels: Count = 16_777_216
     max_image_side: Count = 8192
     concurrent_decodes: Count = 2
+    max_stream_pieces: Count = 512
+    """Pieces of text that wait for a slow reader of a stream; one more ends the stream."""
 
     drain_delay_s: Seconds = 5.0
     """After SIGTERM: how long `/readyz` answers 503 while requests are still accepted."""

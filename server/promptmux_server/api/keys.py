@@ -20,15 +20,15 @@ class KeyFileError(ValueError):
 
 
 class Keys:
-    """sha256 of each key -> its scopes."""
+    """sha256 of each key -> its name and scopes."""
 
-    def __init__(self, scopes: Mapping[str, frozenset[str]]) -> None:
-        self._scopes = dict(scopes)
+    def __init__(self, keys: Mapping[str, tuple[str, frozenset[str]]]) -> None:
+        self._keys = dict(keys)
 
     @classmethod
     def read(cls, path: Path) -> Self:
         """Read lines `NAME SCOPE[,SCOPE] SHA256`; blank lines and # comments are skipped. Raises KeyFileError."""
-        scopes = {}
+        keys = {}
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
@@ -40,21 +40,23 @@ class Keys:
             granted = frozenset(match["scopes"].split(",")) if match else frozenset[str]()
             if match is None or not granted <= SCOPES:
                 raise KeyFileError(f"line {number} of the key file is not NAME SCOPE[,SCOPE] SHA256")
-            scopes[match["sha256"]] = granted
-        if not scopes:
+            keys[match["sha256"]] = (match["name"], granted)
+        if not keys:
             raise KeyFileError("the key file holds no key")
-        return cls(scopes)
+        return cls(keys)
 
-    def check(self, headers: Iterable[tuple[bytes, bytes]], *, admin: bool) -> None:
-        """Raise Unauthorized unless exactly one known key was sent, Forbidden if its scope does not reach."""
+    def check(self, headers: Iterable[tuple[bytes, bytes]], *, admin: bool) -> str:
+        """Name of the key sent; raises Unauthorized unless exactly one known key was, Forbidden beyond its scope."""
         given = [value for name, value in headers if name == b"authorization"]
-        scopes: frozenset[str] | None = None
+        found: tuple[str, frozenset[str]] | None = None
         if len(given) == 1 and given[0][:7].lower() == b"bearer ":
             digest = hashlib.sha256(given[0][7:].strip()).hexdigest()
-            for known, granted in self._scopes.items():
+            for known, key in self._keys.items():
                 if secrets.compare_digest(digest, known):
-                    scopes = granted
-        if scopes is None:
+                    found = key
+        if found is None:
             raise Unauthorized("Send a key of this server as `Authorization: Bearer KEY`.")
+        name, scopes = found
         if ("admin" if admin else "infer") not in scopes:
             raise Forbidden("This key's scope does not reach this route.")
+        return name
