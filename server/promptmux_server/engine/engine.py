@@ -21,7 +21,7 @@ from promptmux_server.backbone.encoder import ImageTokens
 from promptmux_server.backbone.images import DecodedImage, preprocess
 from promptmux_server.backbone.model import OFA
 from promptmux_server.backbone.tokenizer import Tokenizer
-from promptmux_server.engine.decoding import Search, make_search
+from promptmux_server.engine.decoding import Search, TextStream, make_search
 from promptmux_server.engine.image_cache import ImageCache, ImageKey
 from promptmux_server.engine.prompt_table import PromptPools
 from promptmux_server.engine.registry import Registry, ServedTask
@@ -63,6 +63,7 @@ class _Ticket:
     task: ServedTask
     item: EncodedItem
     search: Search
+    text: TextStream
     picture: _Picture | None
     future: Future[Answer]
     admitted: float
@@ -162,11 +163,13 @@ class Engine:
         params = spec.decoding.merged(request.decoding or {})
         item = encode_item(spec, self._tokenizer, request.text, request.premise)
         self._check_lengths(item, params)
+        search = make_search(params, candidates=item.candidates, prefix=item.prefix_ids)
         return _Ticket(
             request=request,
             task=task,
             item=item,
-            search=make_search(params, candidates=item.candidates, prefix=item.prefix_ids),
+            search=search,
+            text=TextStream(search, self._tokenizer, spec.kind, request.on_text),
             picture=self._picture(request.image, spec) if request.image else None,
             future=Future(),
             admitted=time.monotonic(),
@@ -275,7 +278,9 @@ class Engine:
         return True
 
     def _settle(self, tickets: Sequence[_Ticket], batch: RunningBatch, clock: _Clock) -> None:
-        """Answer the rows that ended in the last step."""
+        """Pass on what the last step wrote, and answer the rows that ended in it."""
+        for row in batch.live_rows:
+            tickets[row].text.step()
         for row in batch.take_failed():
             _fail(tickets[row], NonfiniteOutput("This task's prompt produced numbers that are not finite."))
         for row in batch.take_finished():
@@ -285,6 +290,7 @@ class Engine:
             except PromptmuxError as error:
                 _fail(ticket, error)
             else:
+                ticket.text.finish()
                 _resolve(ticket, answer)
 
     def _answer(self, ticket: _Ticket, clock: _Clock) -> Answer:

@@ -30,6 +30,10 @@ class Search(Protocol):
     def width(self) -> int:
         """The most rows that one step may ask for."""
 
+    @property
+    def tokens(self) -> tuple[int, ...] | None:
+        """The text so far, if it only ever grows; None for a search that may still choose another."""
+
     def advance(self, logits: Tensor) -> Step | None:
         """Take the logits (rows, V) float32 of the rows asked for last; None means finished.
 
