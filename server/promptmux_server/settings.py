@@ -55,7 +55,7 @@ class Settings(BaseSettings):
     queue_size: Count = 256
     """Items admitted at one time, whoever sent them; beyond it 503."""
     queue_per_key: Count = 64
-    """Of them, items waiting for one API key; beyond it 429. Without a key file nothing is counted by key."""
+    """Of them, items of one API key; beyond it 429. Without a key file nothing is counted by key."""
     queue_per_task: Count = 128
     """Of them, items waiting for one task within one key, or of all callers without a key file; beyond it 429."""
     image_cache_bytes: Annotated[int, Field(ge=0)] = 256 * MIB
@@ -80,6 +80,8 @@ class Settings(BaseSettings):
     max_image_pixels: Count = 16_777_216
     max_image_side: Count = 8192
     concurrent_decodes: Count = 2
+    max_stream_pieces: Count = 512
+    """Pieces of text that wait for a slow reader of a stream; one more ends the stream."""
 
     drain_delay_s: Seconds = 5.0
     """After SIGTERM: how long `/readyz` answers 503 while requests are still accepted."""

@@ -29,8 +29,11 @@ SHA = "ab" * 32
 
 
 class FakeEngine:
-    """Task "echo" answers at once with the text, "slow" when told to, "late" misses its deadline, "nan" fails alone,
-    and "assert" loses the device."""
+    """Task "echo" answers at once with the text, "slow" when told to, "late" misses its deadline, "nan" fails alone.
+
+    "spell" hands its text out letter by letter, "pause" waits before the last letter; "caption" takes no text;
+    "assert" loses the device.
+    """
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
@@ -51,16 +54,20 @@ class FakeEngine:
         }
         if request.task == "broken":
             raise RuntimeError("a bug with a /secret/path.py inside")
-        if request.task not in ("echo", "slow", *errors):
+        if request.task not in ("echo", "slow", "spell", "pause", "caption", *errors):
             raise PromptNotFound("No such task.", param="task")
+        if request.task == "caption" and request.text is not None:
+            raise InvalidParameter("This task takes no `text`: leave it out.", param="text")
         if request.decoding:
             raise InvalidParameter("No.", param="decoding.beam_size")
         if request.task == "assert":
             self.healthy, self.device_lost = False, True
         if request.task in errors:
             future.set_exception(errors[request.task])
-        elif request.task == "echo":
+        elif request.task in ("echo", "caption"):
             future.set_result(self.answer(request))
+        elif request.task in ("spell", "pause"):
+            threading.Thread(target=self._spell, args=(request, future), daemon=True).start()
         else:
             threading.Thread(target=self._finish_later, args=(request, future), daemon=True).start()
         return future
@@ -69,6 +76,16 @@ class FakeEngine:
         self.release.wait(10.0)
         time.sleep(0.01)
         if not future.cancelled():
+            future.set_result(self.answer(request))
+
+    def _spell(self, request: Request, future: Future[Answer]) -> None:
+        text = request.text or ""
+        for place, letter in enumerate(text, start=1):
+            if request.task == "pause" and place == len(text):
+                self.release.wait(10.0)
+            if request.on_text is not None:
+                request.on_text(letter)
+        if future.set_running_or_notify_cancel():
             future.set_result(self.answer(request))
 
     def answer(self, request: Request) -> Answer:
@@ -81,7 +98,19 @@ class FakeEngine:
         )
 
     def tasks(self) -> list[TaskStatus]:
-        return [TaskStatus(name="echo", state="ready", kind="answer", version=1, sha256=SHA, takes_text=True)]
+        def task(name: str, *, takes_text: bool) -> TaskStatus:
+            kind = "answer" if takes_text else "caption"
+            return TaskStatus(
+                name=name,
+                state="ready",
+                kind=kind,
+                version=1,
+                sha256=SHA,
+                takes_text=takes_text,
+                takes_image=name != "spell",
+            )
+
+        return [task("echo", takes_text=True), task("caption", takes_text=False), task("spell", takes_text=True)]
 
     def reload(self) -> ReloadReport:
         return ReloadReport(unchanged=("echo",))

@@ -202,7 +202,7 @@ def test_tasks_reload_and_version(client: httpx2.Client) -> None:
     assert client.get("/v1/tasks/echo").json()["sha256"] == SHA
     assert client.post("/v1/tasks:reload").json()["unchanged"] == ["echo"]
     assert client.get("/version").json()["backbone"] == "fake"
-    assert "/v1/predict" in client.get("/openapi.json").json()["paths"]
+    assert {"/v1/predict", "/v1/fanout"} <= set(client.get("/openapi.json").json()["paths"])
 
 
 def test_items_beyond_the_queue_are_refused_before_their_pictures_are_decoded() -> None:
@@ -287,6 +287,7 @@ def test_with_keys_every_route_but_two_is_closed(keys: Keys, engine: FakeEngine)
     with live_server(application.asgi) as port, httpx2.Client(base_url=f"http://127.0.0.1:{port}") as client:
         paths = [
             "/v1/predict",
+            "/v1/fanout",
             "/v1/tasks",
             "/v1/tasks/echo",
             "/v1/tasks:reload",

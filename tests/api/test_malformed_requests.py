@@ -21,6 +21,7 @@ COUNT = 2000
 SECRET = "pl4nted"
 ROUTES = (
     "/v1/predict",
+    "/v1/fanout",
     "/v1/tasks",
     "/v1/tasks/echo",
     "/v1/tasks:reload",
@@ -51,7 +52,8 @@ def value(rng: random.Random, depth: int = 0) -> Any:
     if choice < 10:
         return [value(rng, depth + 1) for _ in range(rng.randrange(4))]
     return {
-        rng.choice(["items", "task", "image", "text", SECRET]): value(rng, depth + 1) for _ in range(rng.randrange(4))
+        rng.choice(["items", "task", "tasks", "image", "text", "stream", SECRET]): value(rng, depth + 1)
+        for _ in range(rng.randrange(4))
     }
 
 
@@ -63,9 +65,13 @@ def request_body(rng: random.Random) -> bytes:
         "decoding": value(rng),
     }
     item = {k: v for k, v in item.items() if rng.random() < 0.6}
+    fanout = {"tasks": [rng.choice([item, "echo", value(rng)]) for _ in range(rng.randrange(4))], "text": value(rng)}
+    options = {"deadline_ms": value(rng), "priority": value(rng), "stream": value(rng)}
+    options = {k: v for k, v in options.items() if rng.random() < 0.1}
     body: Any = rng.choice(
-        [item, {"items": [item] * rng.randrange(4)}, {"items": value(rng), "deadline_ms": value(rng)}, value(rng)]
-    )
+        [item | options, {"items": [item] * rng.randrange(4)}, {"items": value(rng)} | options, fanout | options,
+         {"tasks": value(rng)}, value(rng)]
+    )  # fmt: skip
     data = bytearray(json.dumps(body).encode())
     for _ in range(rng.choice((0, 0, 1, 3))):
         place = rng.randrange(len(data) + 1)
@@ -77,7 +83,15 @@ def request_body(rng: random.Random) -> bytes:
 
 def send(client: httpx2.Client, rng: random.Random) -> httpx2.Response:
     path = rng.choice(
-        [*ROUTES, "/v1/predict", "/v1/predict", f"/{rng.randrange(99)}/%00%2e%2e", f"/v1/tasks/{SECRET}%0d%0a"]
+        [
+            *ROUTES,
+            "/v1/predict",
+            "/v1/predict",
+            "/v1/fanout",
+            "/v1/fanout",
+            f"/{rng.randrange(99)}/%00%2e%2e",
+            f"/v1/tasks/{SECRET}%0d%0a",
+        ]
     )
     kind = rng.choice(["application/json", "application/json; charset=utf-8", "application/json", "text/xml", ""])
     headers = {"content-type": kind} | rng.choice(
@@ -86,7 +100,10 @@ def send(client: httpx2.Client, rng: random.Random) -> httpx2.Response:
     body = request_body(rng)
     content: Any = body if rng.random() < 0.8 else (body[i : i + 7] for i in range(0, len(body), 7))
     return client.request(
-        rng.choice(METHODS if path != "/v1/predict" else ("POST",)), path, content=content, headers=headers
+        rng.choice(METHODS if path not in ("/v1/predict", "/v1/fanout") else ("POST",)),
+        path,
+        content=content,
+        headers=headers,
     )
 
 
@@ -95,6 +112,8 @@ def complaint(response: httpx2.Response) -> str | None:
     text = response.text
     if response.status_code >= 500 and response.status_code not in (503, 504):
         return f"status {response.status_code}"
+    if response.status_code == 200 and response.headers.get("content-type", "").startswith("text/event-stream"):
+        return None if text.endswith("\n\n") and "event: done\n" in text else "half a stream"
     if response.headers.get("content-type") != "application/json":
         return "not JSON"
     body = json.loads(text, parse_constant=lambda _: pytest.fail("not strict"))

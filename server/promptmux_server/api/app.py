@@ -12,6 +12,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from promptmux_server import __version__
+from promptmux_server.api.answering import Answerer
+from promptmux_server.api.desk import Desk
 from promptmux_server.api.documents import (
     PredictAnswer,
     Reload,
@@ -21,13 +23,16 @@ from promptmux_server.api.documents import (
     Version,
     answers,
     complete,
-    takes_predict_request,
+    streams,
+    takes,
 )
 from promptmux_server.api.edge import Edge
 from promptmux_server.api.errors import handle
+from promptmux_server.api.fanout import Fanout
 from promptmux_server.api.keys import Keys
 from promptmux_server.api.metrics import Metrics
 from promptmux_server.api.predict import Predictor
+from promptmux_server.api.schemas import FanoutRequest, PredictItem, PredictRequest
 from promptmux_server.engine.request import EnginePort
 from promptmux_server.errors import BackendUnhealthy, Draining, PromptmuxError, PromptNotFound
 from promptmux_server.settings import Settings
@@ -61,16 +66,26 @@ def build_app(engine: EnginePort, settings: Settings, backbone_name: str, keys: 
         redirect_slashes=False,
         exception_handlers={HTTPException: handle, PromptmuxError: handle, Exception: handle},
     )
-    predictor = Predictor(engine, settings, metrics)
+    desk = Desk(Answerer(engine, settings, metrics), settings)
+    predictor, fanning = Predictor(desk), Fanout(desk, engine)
 
     @app.post(
         "/v1/predict",
         summary="Answer items of any tasks in one batch",
-        responses=answers(PredictAnswer),
-        openapi_extra=takes_predict_request(),
+        responses=streams(PredictAnswer),
+        openapi_extra=takes(PredictRequest, PredictItem),
     )
     async def predict(request: Request) -> Response:
         return await predictor(request)
+
+    @app.post(
+        "/v1/fanout",
+        summary="Ask many tasks about one picture and text",
+        responses=streams(PredictAnswer),
+        openapi_extra=takes(FanoutRequest),
+    )
+    async def fanout(request: Request) -> Response:
+        return await fanning(request)
 
     @app.get("/v1/tasks", summary="Every task, served or refused", responses=answers(TaskList))
     async def tasks() -> JSONResponse:

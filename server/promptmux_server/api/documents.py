@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 
-from promptmux_server.api.schemas import PredictItem, PredictRequest
+from promptmux_server.api.schemas import FanoutRequest, PredictRequest
 
 REF = "#/components/schemas/{model}"
 
@@ -101,6 +101,7 @@ class Task(_Document):
     decoder_length: int
     bytes: int
     takes_text: bool
+    takes_premise: bool
     takes_image: bool
     metric: dict[str, Any] | None
     hits: int
@@ -136,20 +137,40 @@ class Version(_Document):
 FAILURES: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 """What any route may answer instead."""
 
+EVENTS = """event: delta
+data: {"id": "0", "text": "a red"}
+
+event: answer
+data: {"id": "0", "task": "caption", "output": {"kind": "caption", "text": "a red apple"}, "score": -0.2, ...}
+
+event: done
+data: {"request_id": "c093cc6a6a934e4784df4b54832f2592"}
+
+"""
+"""`delta`: a text has grown; `answer`: one member of `answers`; `done`: nothing more comes. Comments keep it alive."""
+
 
 def answers(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """The `responses` of a route whose good answer is `model`."""
     return {200: {"model": model}, **FAILURES}
 
 
-def takes_predict_request() -> dict[str, Any]:
+def streams(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """The same for a route that answers as server-sent events where the request says `stream`."""
+    form = {"schema": {"type": "string"}, "example": EVENTS}
+    return {**answers(model), 200: {"model": model, "content": {"text/event-stream": form}}}
+
+
+def takes(*models: type[BaseModel]) -> dict[str, Any]:
     """The body of a route that reads and checks it by itself."""
-    schema = {"anyOf": [{"$ref": REF.format(model=model.__name__)} for model in (PredictRequest, PredictItem)]}
+    schemas = [{"$ref": REF.format(model=model.__name__)} for model in models]
+    schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def complete(app: FastAPI) -> None:
     """Add the request models to the document, which FastAPI makes of the routes alone; call it after the last one."""
-    schema = PredictRequest.model_json_schema(ref_template=REF)
-    parts = schema.pop("$defs")
-    app.openapi()["components"]["schemas"] |= {**parts, PredictRequest.__name__: schema}
+    for model in (PredictRequest, FanoutRequest):
+        schema = model.model_json_schema(ref_template=REF)
+        parts = schema.pop("$defs")
+        app.openapi()["components"]["schemas"] |= {**parts, model.__name__: schema}

@@ -1,4 +1,4 @@
-"""What every request passes before a route sees it: id, header size, authentication, body size, one log line.
+"""What every request passes before a route sees it: id, header size, who asks, body size, one log line.
 
 Pure ASGI: a wrapping middleware would hide a client's departure from the routes. Order matters: nothing of a body is
 read before the key is checked.
@@ -93,7 +93,7 @@ class Edge:
         if size > self._settings.max_header_bytes:
             raise HeaderTooLarge(f"Request line and headers exceed {self._settings.max_header_bytes} bytes.")
         if self._keys is not None and scope["path"] not in OPEN_ROUTES:
-            self._keys.check(headers, admin=scope["path"] in ADMIN_ROUTES)
+            scope["promptmux.key"] = self._keys.check(headers, admin=scope["path"] in ADMIN_ROUTES)
         if self._settings.max_body_bytes < _declared_size(headers) < math.inf:
             raise BodyTooLarge(f"The body exceeds {self._settings.max_body_bytes} bytes.")
         if any(name == b"content-encoding" and value.lower() not in (b"", b"identity") for name, value in headers):

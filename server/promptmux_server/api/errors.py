@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http
 import json
+import math
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -89,7 +90,8 @@ def _headers(error: PromptmuxError) -> dict[str, str]:
         return {"WWW-Authenticate": "Bearer"}
     if error.status in (http.HTTPStatus.TOO_MANY_REQUESTS, http.HTTPStatus.SERVICE_UNAVAILABLE):
         # Spread, so that callers who are turned away together do not come back together.
-        return {"Retry-After": str(min(error.retry_after_s or random.randint(1, 4), MAX_RETRY_AFTER_S))}
+        wait_s = min(error.retry_after_s or random.randint(1, 4), MAX_RETRY_AFTER_S)
+        return {"Retry-After": str(max(1, math.ceil(wait_s)))}
     return {}
 
 

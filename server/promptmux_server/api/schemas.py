@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NoReturn
+from collections.abc import Collection
+from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from promptmux_server.engine.request import Priority
 from promptmux_server.errors import InvalidParameter
 
 MAX_TEXT = 4096
@@ -34,45 +36,87 @@ class Decoding(_Strict):
     constrained: bool | None = Field(None, description="Keep to the task's closed answer set.")
 
 
-class PredictItem(_Strict):
-    """One request of a task."""
+class _Question(_Strict):
+    """What is asked of one task, whatever picture it is asked about."""
 
-    id: str | None = Field(None, max_length=64, description="Returned with the answer; default: the item's position.")
     task: str = Field(max_length=64, description="Name of a task; GET /v1/tasks lists them.")
-    image: str | None = Field(None, description="A JPEG, PNG or WebP file as base64.")
     text: str | None = Field(None, max_length=MAX_TEXT, description="The question, hypothesis or expression.")
     premise: str | None = Field(None, max_length=MAX_TEXT, description="For tasks whose instruction has a premise.")
     decoding: Decoding | None = None
 
 
-class PredictRequest(_Strict):
+class PredictItem(_Question):
+    """One request of a task."""
+
+    id: str | None = Field(None, max_length=64, description="Returned with the answer; default: the item's position.")
+    image: str | None = Field(None, description="A JPEG, PNG or WebP file as base64.")
+
+
+class CallOptions(_Strict):
+    """How a call of many items is answered, whichever route it takes."""
+
+    deadline_ms: int | None = Field(None, ge=1, description="Milliseconds after which nobody waits any more.")
+    priority: Priority = Field("interactive", description="`batch` takes what interactive work leaves.")
+    stream: bool = Field(False, description="Answer as server-sent events: delta, answer, done.")
+
+
+class PredictRequest(CallOptions):
     """Many items of any tasks in one call; one item may also be sent as the bare object."""
 
     items: list[PredictItem] = Field(min_length=1, max_length=MAX_ITEMS)
-    deadline_ms: int | None = Field(None, ge=1, description="Milliseconds after which nobody waits any more.")
+
+
+class FanoutTask(_Question):
+    """One task of a fan-out; its own text and premise win over those of the call."""
+
+
+def _named(value: Any) -> Any:
+    return {"task": value} if isinstance(value, str) else value
+
+
+class FanoutRequest(CallOptions):
+    """One picture and text, many tasks. What stands at the top goes to the tasks that take it."""
+
+    tasks: list[Annotated[FanoutTask, BeforeValidator(_named, json_schema_input_type=str | FanoutTask)]] = Field(
+        min_length=1, max_length=MAX_ITEMS, description="Names of tasks, or objects; a task may stand here repeatedly."
+    )
+    image: str | None = Field(None, description="A JPEG, PNG or WebP file as base64; it is decoded once.")
+    text: str | None = Field(None, max_length=MAX_TEXT, description="For every task that takes a text.")
+    premise: str | None = Field(None, max_length=MAX_TEXT, description="For every task that takes a premise.")
+
+
+_PREDICT_FIELDS = PredictItem.model_fields.keys() | PredictRequest.model_fields.keys() | Decoding.model_fields.keys()
+_FANOUT_FIELDS = FanoutTask.model_fields.keys() | FanoutRequest.model_fields.keys() | Decoding.model_fields.keys()
 
 
 def parse_predict(raw: Any) -> PredictRequest:
     """Validate a parsed body; raises InvalidParameter naming the field, never its value."""
+    if isinstance(raw, dict) and "items" not in raw:
+        options = {key: value for key, value in raw.items() if key in CallOptions.model_fields}
+        raw = {"items": [{key: value for key, value in raw.items() if key not in options}], **options}
     try:
-        if isinstance(raw, dict) and "items" not in raw:
-            bare = {key: value for key, value in raw.items() if key != "deadline_ms"}
-            wrapped: dict[str, Any] = {"items": [bare]}
-            if "deadline_ms" in raw:
-                wrapped["deadline_ms"] = raw["deadline_ms"]
-            return PredictRequest.model_validate(wrapped)
         return PredictRequest.model_validate(raw)
     except ValidationError as error:
-        _explain(error)
+        _explain(error, _PREDICT_FIELDS)
 
 
-_KNOWN = PredictItem.model_fields.keys() | PredictRequest.model_fields.keys() | Decoding.model_fields.keys()
+def parse_fanout(raw: Any) -> FanoutRequest:
+    """The same for the body of a fan-out."""
+    try:
+        return FanoutRequest.model_validate(raw)
+    except ValidationError as error:
+        _explain(error, _FANOUT_FIELDS)
 
 
-def _explain(error: ValidationError) -> NoReturn:
+def decoding_of(question: PredictItem | FanoutTask) -> dict[str, Any] | None:
+    """The overrides that were given, or None."""
+    return None if question.decoding is None else question.decoding.model_dump(exclude_none=True)
+
+
+def _explain(error: ValidationError, known: Collection[str]) -> NoReturn:
     first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-    path = [str(part) for part in first["loc"] if isinstance(part, int) or part in _KNOWN]
+    path = [str(part) for part in first["loc"] if isinstance(part, int) or part in known]
     param = ".".join(path) or None
     if first["type"] == "extra_forbidden":
-        raise InvalidParameter(f"There is an unknown field; known are {', '.join(sorted(_KNOWN))}.", param=param)
+        raise InvalidParameter(f"There is an unknown field; known are {', '.join(sorted(known))}.", param=param)
     raise InvalidParameter(f"{param or 'The body'}: {first['msg']}.", param=param)

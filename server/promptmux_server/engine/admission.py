@@ -9,7 +9,7 @@ from itertools import count
 
 from promptmux_server.backbone.model import OFA
 from promptmux_server.backbone.tokenizer import Tokenizer
-from promptmux_server.engine.decoding import make_search
+from promptmux_server.engine.decoding import TextStream, make_search
 from promptmux_server.engine.image_cache import ImageKey
 from promptmux_server.engine.memory import DecodingMemory
 from promptmux_server.engine.pictures import Pictures
@@ -49,7 +49,8 @@ class Admission:
             key = ImageKey(request.image.digest, spec.image_size, spec.image_mean, spec.image_std, alone)
             picture = self._pictures.find(request.image, key)
         search = make_search(params, candidates=item.candidates, prefix=item.prefix_ids)
-        ticket = Ticket(request, task, lease, item, search, picture, alone, next(self._rows))
+        text = TextStream(search, self._tokenizer, spec.kind, request.on_text)
+        ticket = Ticket(request, task, lease, item, search, text, picture, alone, next(self._rows))
         if not self._memory.fits(ticket.slots, ticket.memory_length):
             raise InvalidParameter(
                 "This request needs more decoding memory than the server has: ask for fewer beams or tokens, or raise "

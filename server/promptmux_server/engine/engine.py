@@ -322,7 +322,9 @@ class Engine:
     # -- endings ----------------------------------------------------------------------------------------------------
 
     def _settle(self) -> None:
-        """Answer the rows that ended in the last step."""
+        """Pass on what the last step wrote, and answer the rows that ended in it."""
+        for row in self._batch.live_rows:
+            self._running[row].text.step()
         for row, error in self._batch.take_failed().items():
             self._running[row].fail(_error(error))
             self._drop([self._running[row]])
@@ -334,6 +336,7 @@ class Engine:
             except PromptmuxError as error:
                 ticket.fail(error)
             else:
+                ticket.text.finish()
                 ticket.resolve(answer)
             self._drop([ticket])
 

@@ -194,6 +194,7 @@ class Registry:
             decoder_length=task.source.decoder_length,
             bytes=task.source.bytes,
             takes_text=task.spec.takes_text,
+            takes_premise=task.spec.manifest.takes_premise,
             takes_image=task.spec.takes_image,
             metric=task.metric,
             hits=usage.hits,

@@ -94,6 +94,7 @@ class TaskStatus:
     decoder_length: int = 0
     bytes: int = 0
     takes_text: bool = False
+    takes_premise: bool = False
     takes_image: bool = False
     metric: Mapping[str, object] | None = None
     hits: int = 0

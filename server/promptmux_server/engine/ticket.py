@@ -6,7 +6,7 @@ import time
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 
-from promptmux_server.engine.decoding import Search
+from promptmux_server.engine.decoding import Search, TextStream
 from promptmux_server.engine.memory import Claim
 from promptmux_server.engine.pictures import Picture
 from promptmux_server.engine.prompt_versions import Lease
@@ -48,6 +48,7 @@ class Ticket:
     lease: Lease
     item: EncodedItem
     search: Search
+    text: TextStream
     picture: Picture | None
     deterministic: bool
     row: int

@@ -9,11 +9,12 @@ from promptmux_server.engine.decoding.beam import BeamSearch
 from promptmux_server.engine.decoding.candidates import CandidateScoring
 from promptmux_server.engine.decoding.protocol import NonFiniteLogits, Search, Step
 from promptmux_server.engine.decoding.sample import Sampling
+from promptmux_server.engine.decoding.stream import TextStream
 from promptmux_server.errors import InvalidParameter
 from promptmux_server.tasks.decoding import DecodingParams
 from promptmux_server.tasks.trie import Trie
 
-__all__ = ["NonFiniteLogits", "Search", "Step", "Trie", "make_search"]
+__all__ = ["NonFiniteLogits", "Search", "Step", "TextStream", "Trie", "make_search"]
 
 
 def make_search(

@@ -29,6 +29,10 @@ class BeamSearch:
         """Cumulative scores of the live beams after each of their tokens."""
         self._finished: list[Hypothesis] = []
 
+    @property
+    def tokens(self) -> tuple[int, ...] | None:
+        return self._tokens[0] if self.width == 1 else None
+
     def advance(self, logits: Tensor) -> Step | None:
         check_finite(logits)
         step = len(self._tokens[0])

@@ -22,6 +22,8 @@ Path = tuple[int, ...]
 class CandidateScoring:
     """Walks the trie breadth first; scores are sums of masked log-probabilities, eos included, not normalised."""
 
+    tokens = None
+
     def __init__(self, candidates: Sequence[Path]) -> None:
         self._candidates = list(candidates)
         self._trie = Trie(candidates)

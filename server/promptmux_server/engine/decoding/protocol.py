@@ -34,6 +34,10 @@ class Search(Protocol):
     def most_tokens(self) -> int:
         """The most tokens that all its steps together feed, over all rows."""
 
+    @property
+    def tokens(self) -> tuple[int, ...] | None:
+        """The text so far, if it only ever grows; None for a search that may still choose another."""
+
     def advance(self, logits: Tensor) -> Step | None:
         """Take the logits (rows, V) float32 of the rows asked for last; None means finished.
 

@@ -24,23 +24,23 @@ class Sampling:
             self._generator.seed()
         else:
             self._generator.manual_seed(params.seed)
-        self._tokens: tuple[int, ...] = ()
+        self.tokens: tuple[int, ...] = ()
         self._scores: tuple[float, ...] = ()
 
     def advance(self, logits: Tensor) -> Step | None:
         check_finite(logits)
-        step = len(self._tokens)
+        step = len(self.tokens)
         row = self._allowed(logits[0].cpu(), step)
         log_probs = row.log_softmax(-1)
         weights = self._truncated(log_probs).exp()
         token = int(torch.multinomial(weights, 1, generator=self._generator))
-        self._tokens += (token,)
+        self.tokens += (token,)
         self._scores += (float(log_probs[token]),)
         return None if token == EOS else Step((token,), (0,))
 
     def _allowed(self, logits: Tensor, step: int) -> Tensor:
         if self._trie is not None:
-            logits = self._trie.restrict(logits[None], [self._tokens])[0]
+            logits = self._trie.restrict(logits[None], [self.tokens])[0]
         logits = logits / self._params.temperature
         if step >= self._params.max_length:
             return torch.full_like(logits, -torch.inf).index_fill_(0, torch.tensor(EOS), 0.0)
@@ -60,6 +60,6 @@ class Sampling:
 
     def outcome(self) -> Outcome:
         total = sum(self._scores)
-        length = len(self._tokens) ** self._params.length_penalty
+        length = len(self.tokens) ** self._params.length_penalty
         score = total / length if self._params.normalize else total
-        return Outcome((Hypothesis(self._tokens, score, self._scores),))
+        return Outcome((Hypothesis(self.tokens, score, self._scores),))
