@@ -112,6 +112,9 @@ class FakeEngine:
 
         return [task("echo", takes_text=True), task("caption", takes_text=False), task("spell", takes_text=True)]
 
+    def serves(self, task: str) -> bool:
+        return any(task == status.name for status in self.tasks())
+
     def reload(self) -> ReloadReport:
         return ReloadReport(unchanged=("echo",))
 

@@ -26,7 +26,7 @@ NAMES = {"loads": "loads_total", "evictions": "evictions_total", "wait_s": "wait
 
 class Loaded(FakeEngine):
     def load(self) -> EngineLoad:
-        return EngineLoad(0, 0, ImageCacheStats(), STATS)
+        return EngineLoad(0, 0, ImageCacheStats(), prompts=STATS)
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(PromptPoolStats)])

@@ -149,6 +149,9 @@ class Engine:
     def tasks(self) -> list[TaskStatus]:
         return self._registry.statuses()
 
+    def serves(self, task: str) -> bool:
+        return self._registry.serves(task)
+
     def reload(self) -> ReloadReport:
         return self._registry.reload()
 

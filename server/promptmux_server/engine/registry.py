@@ -171,6 +171,10 @@ class Registry:
             raise PromptNotFound("No such task. GET /v1/tasks lists those that are served.", param="task")
         return task
 
+    def serves(self, name: str) -> bool:
+        with self._lock:
+            return name in self._state.served
+
     def statuses(self) -> list[TaskStatus]:
         """Served and refused tasks, by name."""
         now = time.monotonic()

@@ -188,6 +188,9 @@ class EnginePort(Protocol):
     def tasks(self) -> list[TaskStatus]:
         """Every task of the prompt directory, by name."""
 
+    def serves(self, task: str) -> bool:
+        """Whether a request may name this task now."""
+
     def reload(self) -> ReloadReport:
         """Read the prompt directory again; admitted requests keep the version they were resolved to."""
 
