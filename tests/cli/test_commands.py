@@ -19,6 +19,7 @@ from shared_files import ROOT, golden_dir
 
 sys.path.insert(0, str(ROOT / "examples"))
 import demo
+import fanout
 
 EXAMPLES = ROOT / "examples"
 
@@ -34,7 +35,7 @@ def promptmux(*arguments: str, **environment: str) -> subprocess.CompletedProces
     )
 
 
-@pytest.mark.parametrize("command", ["serve", "predict", "tasks", "convert"])
+@pytest.mark.parametrize("command", ["serve", "predict", "fanout", "tasks", "convert"])
 def test_every_command_shows_an_example(command: str) -> None:
     shown = promptmux(command, "--help")
     assert shown.returncode == 0
@@ -124,6 +125,39 @@ def test_predict_prints_a_table_or_json(address: str) -> None:
     assert json.loads(raw.stdout)[0]["output"]["kind"] == "caption"
     failed = promptmux("predict", "--url", address, "--task", "nobody", "--image", picture)
     assert failed.returncode == 1
+
+
+def test_fanout_asks_what_fits_or_what_is_named(address: str) -> None:
+    picture = str(EXAMPLES / "scene-01.png")
+
+    def tasks_of(*arguments: str) -> set[str]:
+        done = promptmux("fanout", picture, "--url", address, "--json", *arguments)
+        assert done.returncode == 0, done.stderr
+        return {answer["task"] for answer in json.loads(done.stdout)}
+
+    assert tasks_of() == {"scene-caption"}
+    assert {"scene-caption", "scene-vqa", "scene-entailment"} <= tasks_of("--text", "there is a cat")
+    assert tasks_of("--tasks", "scene-caption,scene-vqa", "--text", "is there a cat?") == {"scene-caption", "scene-vqa"}
+    failed = promptmux("fanout", picture, "--url", address, "--tasks", "scene-caption,nobody")
+    assert failed.returncode == 1
+    assert "nobody" in failed.stdout
+
+
+def test_predict_prints_a_text_while_it_grows(address: str) -> None:
+    arguments = ("--task", "scene-caption", "--image", str(EXAMPLES / "scene-01.png"), "--url", address, "--stream")
+    events = [json.loads(line) for line in promptmux("predict", *arguments, "--json").stdout.splitlines()]
+    *deltas, answer = events
+    assert len(deltas) > 2
+    assert "".join(delta["text"] for delta in deltas) == answer["output"]["text"]
+    assert promptmux("predict", *arguments).stdout == f"scene-caption: {answer['output']['text']}\n"
+    assert promptmux("predict", *arguments[2:], "--task", "nobody").returncode == 1
+
+
+def test_the_example_asks_many_tasks_and_spells_a_caption(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fanout.main(address) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["scene-caption", "scene-entailment", "scene-vqa", "word by word"]
+    assert len(lines[-1]) > 20
 
 
 def test_sigterm_turns_readiness_off_finishes_and_exits_0(tmp_path: Path) -> None:

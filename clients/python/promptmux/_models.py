@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Tag
 
 from promptmux._images import ImageSource
 
+Priority = Literal["interactive", "batch"]
+"""Somebody waits for an interactive answer; batch work takes what is left."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
@@ -126,6 +129,16 @@ class Answer(_Model):
     error: ErrorDetail | None = None
 
 
+class Delta(_Model):
+    """A piece by which the text of the item `id` has grown; all of them together are its answer's text."""
+
+    id: str
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
 class Task(_Model):
     """A task of the server: served, or refused with its `error`."""
 
@@ -138,6 +151,7 @@ class Task(_Model):
     decoder_length: int = 0
     bytes: int = 0
     takes_text: bool = False
+    takes_premise: bool = False
     takes_image: bool = False
     metric: dict[str, Any] | None = None
     hits: int = 0

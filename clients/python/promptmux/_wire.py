@@ -10,7 +10,7 @@ import httpx2
 from pydantic import ValidationError
 
 from promptmux._errors import BY_CODE, APIStatusError, ServerError, class_for
-from promptmux._images import to_base64
+from promptmux._images import ImageSource, to_base64
 from promptmux._models import Answer, Item, Task
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -28,27 +28,36 @@ def client_options(base_url: str | None, api_key: str | None, timeout_s: float) 
     }
 
 
-def predict_body(items: Sequence[Item], deadline_ms: int | None) -> dict[str, Any]:
-    body: dict[str, Any] = {"items": [_item(item) for item in items]}
-    if deadline_ms is not None:
-        body["deadline_ms"] = deadline_ms
-    return body
+def predict_body(items: Sequence[Item], **options: Any) -> dict[str, Any]:
+    return _given(items=[_item(item) for item in items], **options)
 
 
-def _item(item: Item) -> dict[str, Any]:
-    fields = {
-        "id": item.id,
-        "task": item.task,
-        "image": None if item.image is None else to_base64(item.image),
-        "text": item.text,
-        "premise": item.premise,
-        "decoding": None if item.decoding is None else dict(item.decoding),
-    }
+def fanout_body(image: ImageSource | None, tasks: Sequence[str | Item], **options: Any) -> dict[str, Any]:
+    """Raises ValueError for an item with a picture or an id of its own: a fan-out has one picture."""
+    items = [Item(task=task) if isinstance(task, str) else task for task in tasks]
+    if any(item.image is not None or item.id is not None for item in items):
+        raise ValueError("an item of a fan-out has neither a picture nor an id of its own")
+    return _given(tasks=[_item(item) for item in items], image=None if image is None else to_base64(image), **options)
+
+
+def _given(**fields: Any) -> dict[str, Any]:
+    """Without what was left out."""
     return {name: value for name, value in fields.items() if value is not None}
 
 
+def _item(item: Item) -> dict[str, Any]:
+    return _given(
+        id=item.id,
+        task=item.task,
+        image=None if item.image is None else to_base64(item.image),
+        text=item.text,
+        premise=item.premise,
+        decoding=None if item.decoding is None else dict(item.decoding),
+    )
+
+
 def read_answers(response: httpx2.Response) -> list[Answer]:
-    """Raises the class of the response's status, or ServerError for a body that is not ours."""
+    """Raises ServerError for a body that is not ours."""
     raw = _read(response)
     try:
         return [Answer.model_validate(answer) for answer in raw["answers"]]
@@ -85,15 +94,13 @@ def only_answer(answers: Sequence[Answer]) -> Answer:
 
 
 def _read(response: httpx2.Response) -> dict[str, Any]:
-    if response.is_success:
-        try:
-            raw = response.json()
-        except ValueError as error:
-            raise ServerError("The server's answer is not JSON.", status=response.status_code) from error
-        if isinstance(raw, dict):
-            return raw
-        raise ServerError("The server's answer is not understood.", status=response.status_code)
-    raise_for(response)
+    try:
+        raw = response.json()
+    except ValueError as error:
+        raise ServerError("The server's answer is not JSON.", status=response.status_code) from error
+    if isinstance(raw, dict):
+        return raw
+    raise ServerError("The server's answer is not understood.", status=response.status_code)
 
 
 def raise_for(response: httpx2.Response) -> NoReturn:
