@@ -89,7 +89,8 @@ def build_app(engine: EnginePort, settings: Settings, backbone_name: str, keys: 
 
     @app.get("/v1/tasks", summary="Every task, served or refused", responses=answers(TaskList))
     async def tasks() -> JSONResponse:
-        return JSONResponse({"tasks": [asdict(status) for status in engine.tasks()]})
+        memory = {name: asdict(account) for name, account in engine.load().budgets.items()}
+        return JSONResponse({"tasks": [asdict(status) for status in engine.tasks()], "memory": memory})
 
     @app.get("/v1/tasks/{name}", summary="One task", responses=answers(Task))
     async def task(name: str) -> JSONResponse:

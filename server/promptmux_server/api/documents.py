@@ -111,8 +111,17 @@ class Task(_Document):
     error: Reason | None
 
 
+class Memory(_Document):
+    """One of the engine's memories: bytes handed out, and the most there is."""
+
+    used_bytes: int
+    budget_bytes: int
+
+
 class TaskList(_Document):
     tasks: list[Task]
+    memory: dict[str, Memory]
+    """`decode_cache`, `cross_memory`, `image_cache`, `prompts_device`, `prompts_host`."""
 
 
 class Reload(_Document):

@@ -69,20 +69,18 @@ class _LoadCollector(Collector):
         yield GaugeMetricFamily("promptmux_num_requests_waiting", "Items in the queue.", value=load.waiting)
         yield GaugeMetricFamily("promptmux_num_requests_running", "Items in the running batch.", value=load.running)
         images = load.images
-        yield GaugeMetricFamily("promptmux_image_cache_bytes", "Image tokens kept, in bytes.", value=images.bytes)
         yield GaugeMetricFamily("promptmux_image_cache_pictures", "Pictures kept.", value=images.pictures)
         yield CounterMetricFamily("promptmux_image_cache_hits", "Pictures found at admission.", value=images.hits)
         yield CounterMetricFamily(
             "promptmux_image_cache_misses", "Pictures not found at admission.", value=images.misses
         )
-        memory = load.memory
-        held, there = "Decoding memory that requests hold: tokens.", "Decoding memory there is: tokens."
-        for name, used, size in (
-            ("decode_cache", memory.slots_used, memory.slots),
-            ("cross_memory", memory.places_used, memory.places),
-        ):
-            yield GaugeMetricFamily(f"promptmux_{name}_used", held, value=used)
-            yield GaugeMetricFamily(f"promptmux_{name}_size", there, value=size)
+        used = GaugeMetricFamily("promptmux_memory_used_bytes", "Handed out, by memory.", labels=["memory"])
+        budget = GaugeMetricFamily("promptmux_memory_budget_bytes", "The most there is, by memory.", labels=["memory"])
+        for name, account in load.budgets.items():
+            used.add_metric([name], account.used_bytes)
+            budget.add_metric([name], account.budget_bytes)
+        yield used
+        yield budget
         errors = GaugeMetricFamily(
             "promptmux_cost_model_error_ratio", "|predicted - measured| / measured of a pass.", labels=["stage"]
         )
@@ -94,10 +92,6 @@ class _LoadCollector(Collector):
 
 def _prompt_metrics(prompts: PromptPoolStats) -> Iterator[Metric]:
     gauges: dict[str, tuple[float, str]] = {
-        "device_bytes": (prompts.device_bytes, "Prompt pages in use on the device, in bytes."),
-        "device_budget_bytes": (prompts.device_budget_bytes, "Bytes that prompt pages may take on the device."),
-        "host_bytes": (prompts.host_bytes, "Prompts in host memory, in bytes."),
-        "host_budget_bytes": (prompts.host_budget_bytes, "Bytes that prompts may take in host memory."),
         "resident": (prompts.resident, "Prompts on the device."),
         "waiting": (prompts.waiting, "Items whose prompt is not on the device yet."),
     }

@@ -36,7 +36,7 @@ from promptmux_server.engine.prompt_table import PromptPools
 from promptmux_server.engine.prompt_tiers import PromptTiers
 from promptmux_server.engine.prompt_versions import Lease
 from promptmux_server.engine.registry import Registry
-from promptmux_server.engine.request import Answer, EngineLoad, ReloadReport, Request, TaskStatus
+from promptmux_server.engine.request import Answer, Budget, EngineLoad, ReloadReport, Request, TaskStatus
 from promptmux_server.engine.runner import RunningBatch, Work
 from promptmux_server.engine.scheduler import FairQueue, QueueLimits
 from promptmux_server.engine.ticket import Ticket
@@ -81,9 +81,10 @@ class Engine:
         self._loader = PromptLoader(self._tiers, copies, files.read, self._queue.wake)
         self._registry = Registry(files, model.config, self._tiers)
         self._pictures = Pictures(model, options.image_cache_bytes, self._queue.wake)
+        self._slot_bytes = DecodeCache.bytes_per_slot(model.config, model.dtype)
+        self._place_bytes = MemoryPool.bytes_per_place(model.config, model.dtype, model.device)
         self._memory = DecodingMemory(
-            slots=options.decode_cache_bytes // DecodeCache.bytes_per_slot(model.config, model.dtype),
-            places=options.cross_memory_bytes // MemoryPool.bytes_per_place(model.config, model.dtype, model.device),
+            slots=options.decode_cache_bytes // self._slot_bytes, places=options.cross_memory_bytes // self._place_bytes
         )
         self._admission = Admission(model, tokenizer, self._pictures, self._memory, deterministic=options.deterministic)
         self._batch = RunningBatch(model, self._pools, self._memory.stats())
@@ -175,12 +176,21 @@ class Engine:
         )
 
     def load(self) -> EngineLoad:
+        memory, images, prompts = self._memory.stats(), self._pictures.cache.stats(), self._tiers.stats()
+        slot, place = self._slot_bytes, self._place_bytes
         return EngineLoad(
             waiting=len(self._queue),
             running=len(self._running),
-            images=self._pictures.cache.stats(),
-            memory=self._memory.stats(),
-            prompts=self._tiers.stats(),
+            images=images,
+            memory=memory,
+            prompts=prompts,
+            budgets={
+                "decode_cache": Budget(memory.slots_used * slot, memory.slots * slot),
+                "cross_memory": Budget(memory.places_used * place, memory.places * place),
+                "image_cache": Budget(images.bytes, self._options.image_cache_bytes),
+                "prompts_device": Budget(prompts.device_bytes, prompts.device_budget_bytes),
+                "prompts_host": Budget(prompts.host_bytes, prompts.host_budget_bytes),
+            },
             cost_errors={str(stage): ratio for stage, ratio in self._costs.error_ratios.items()},
         )
 

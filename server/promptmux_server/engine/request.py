@@ -162,6 +162,14 @@ class MemoryStats:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """One of the engine's memories, in bytes."""
+
+    used_bytes: int
+    budget_bytes: int
+
+
+@dataclass(frozen=True)
 class EngineLoad:
     """How busy the engine is at this moment, and how full its memories."""
 
@@ -169,6 +177,8 @@ class EngineLoad:
     running: int
     images: ImageCacheStats
     memory: MemoryStats = MemoryStats()
+    budgets: Mapping[str, Budget] = field(default_factory=dict)
+    """By memory: `decode_cache`, `cross_memory`, `image_cache`, `prompts_device`, `prompts_host`."""
     cost_errors: Mapping[str, float] = field(default_factory=dict)
     """By stage: how far off the cost model's predictions are, relative to what was measured."""
     prompts: PromptPoolStats = PromptPoolStats()
