@@ -7,14 +7,13 @@ of serving the same requests do the same arithmetic.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from ofa_base_picture import placeholder_tokenizer
 
+from lines import write_line
+from ofa_base_picture import placeholder_tokenizer
 from promptmux_prompts import ImageInput, Manifest, Prompt, write_prompt
 from promptmux_server.backbone.assemble import assemble, serving_dtype
 from promptmux_server.backbone.images import DecodedImage, from_array
@@ -123,7 +123,7 @@ def answer_all(engine: Engine, requests: Sequence[Request]) -> list[Answer]:
     return [future.result() for future in [engine.submit(request) for request in requests]]
 
 
-def side_by_side(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def side_by_side(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median seconds of each way, measured in turns so that what disturbs the machine disturbs all of them alike."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for way in ways.values():
@@ -150,7 +150,7 @@ def report(claim: str, backbone: str, **numbers: object) -> None:
         "commit": commit,
     }
     rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in numbers.items()}
-    print(json.dumps({"claim": claim, "backbone": backbone, **rounded, **where}), flush=True)
+    write_line({"claim": claim, "backbone": backbone, **rounded, **where})
 
 
 def arguments(description: str | None, **defaults: int) -> argparse.Namespace:

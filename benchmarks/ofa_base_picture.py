@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lines import write_line
 from promptmux_prompts import ImageInput, Manifest, Prompt, write_prompt
 from promptmux_server.backbone.assemble import assemble, serving_dtype
 from promptmux_server.backbone.config import RESNET_BLOCKS, BackboneConfig
@@ -146,7 +147,7 @@ def main() -> None:
         "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 1),
         "threads": torch.get_num_threads(),
     }
-    print(json.dumps(line))
+    write_line(line)
 
 
 if __name__ == "__main__":

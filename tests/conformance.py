@@ -172,7 +172,7 @@ def decode(
     golden: Golden, rows: Sequence[EncoderRow], prompts: Any, params: DecodingParams, trie: bool
 ) -> list[Outcome]:
     """Run one search for every row in one batch."""
-    candidates = [tuple(answer) for answer in golden.answers] if trie else None
+    candidates = tuple(tuple(answer) for answer in golden.answers) if trie else None
     works = [Work(row.source, (BOS,), row.image, make_search(params, candidates=candidates)) for row in rows]
     batch = closed_batch(golden.model, works, prompts)
     while batch.live_rows:

@@ -19,6 +19,7 @@ from shared_files import ROOT, golden_dir
 
 sys.path.insert(0, str(ROOT / "examples"))
 import demo
+
 import fanout
 
 EXAMPLES = ROOT / "examples"

