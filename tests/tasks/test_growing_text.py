@@ -62,7 +62,7 @@ def _byte_tokens() -> dict[int, int]:
     found: dict[int, int] = {}
     for letter in [chr(code) for code in range(128, 2048)] + [chr(code << 12) for code in range(1, 13)]:
         found |= dict(zip(letter.encode(), TOKENIZER.encode(letter), strict=True))
-    for letter in [chr(0xD000), chr(0xE000), chr(0xF000), *(chr(code << 16) for code in range(1, 17))]:
+    for letter in [chr(0x0800), chr(0xD000), chr(0xE000), chr(0xF000), *(chr(code << 16) for code in range(1, 17))]:
         found |= dict(zip(letter.encode(), TOKENIZER.encode(letter), strict=True))
     return found
 
