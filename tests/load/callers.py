@@ -1,4 +1,7 @@
-"""Clients by the hundred on one event loop: bare HTTP, so that they cost the machine less than the server does."""
+"""Clients by the hundred on one event loop: bare HTTP, so that they cost the machine less than the server does.
+
+`crowd` runs them in a process of their own: in the server's they would take the interpreter from it.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,12 @@ import json
 import random
 import socket
 import struct
+import subprocess
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 PATIENCE_S = 30.0
@@ -58,23 +64,23 @@ async def call(port: int, data: bytes, sent: dict[str, Any] | None = None) -> Re
     return Reply(int(lines[0].split()[1]), code, headers.get("retry-after"), sent or {}, seconds, body)
 
 
-async def closed_loop(port: int, body: Callable[[], dict[str, Any]], clients: int, seconds: float) -> list[Reply]:
+async def closed_loop(
+    port: int, bodies: Sequence[dict[str, Any]], seconds: float, seed: int, clients: int
+) -> list[Reply]:
     """So many clients, each of which asks again as soon as it was answered."""
-    until = time.monotonic() + seconds
+    chance, until = random.Random(seed), time.monotonic() + seconds
     replies: list[Reply] = []
 
     async def client() -> None:
         while time.monotonic() < until:
-            sent = body()
+            sent = chance.choice(bodies)
             replies.append(await call(port, predict(sent), sent))
 
     await asyncio.gather(*(client() for _ in range(clients)))
     return replies
 
 
-async def open_loop(
-    port: int, body: Callable[[], dict[str, Any]], rate: float, seconds: float, seed: int
-) -> list[Reply]:
+async def open_loop(port: int, bodies: Sequence[dict[str, Any]], seconds: float, seed: int, rate: float) -> list[Reply]:
     """Poisson arrivals at `rate` a second, whatever becomes of those before."""
     chance = random.Random(seed)
     calls: list[asyncio.Task[Reply]] = []
@@ -82,10 +88,43 @@ async def open_loop(
     due = chance.expovariate(rate)
     while due < seconds:
         await asyncio.sleep(max(0.0, start + due - time.monotonic()))
-        sent = body()
+        sent = chance.choice(bodies)
         calls.append(asyncio.create_task(call(port, predict(sent), sent)))
         due += chance.expovariate(rate)
     return await asyncio.gather(*calls)
+
+
+def crowd(
+    port: int,
+    bodies: Sequence[dict[str, Any]],
+    seconds: float,
+    *,
+    seed: int,
+    clients: int | None = None,
+    rate: float | None = None,
+) -> list[Reply]:
+    """The replies to a closed loop of `clients`, or else to an open one of `rate`, that ask with any of `bodies`."""
+    kind = {"rate": rate} if clients is None else {"clients": clients}
+    program = "from load.callers import main; main()"
+    told = json.dumps({"port": port, "bodies": bodies, "seconds": seconds, "seed": seed, **kind})
+    folder = Path(__file__).resolve().parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        input=told,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=seconds + 2 * PATIENCE_S,
+        check=True,
+    )
+    return [Reply(**fields) for fields in json.loads(done.stdout)]
+
+
+def main() -> None:
+    """`crowd`'s other process."""
+    told = json.loads(sys.stdin.read())
+    replies = asyncio.run(closed_loop(**told) if "clients" in told else open_loop(**told))
+    print(json.dumps([asdict(reply) for reply in replies]))
 
 
 async def leave(port: int, data: bytes, after_s: float, how: Literal["RST", "FIN"]) -> None:

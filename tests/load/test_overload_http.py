@@ -9,9 +9,10 @@ import asyncio
 import base64
 import io
 import random
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from starlette.types import ASGIApp
 
 import tiny
 from api.live_server import until
-from load.callers import Reply, call, closed_loop, get, open_loop
+from load.callers import Reply, call, crowd, get
 from load.served import Lag, LoopProbe, Served, SlowDevice, quantile, resident_bytes, served, thread_probe
 from promptmux_server.backbone import images
 from promptmux_server.engine.options import EngineOptions
@@ -37,19 +38,23 @@ GREEDY = {"method": "greedy", "min_length": 3, "max_length": 3}
 OVERLOAD_S, MEASURE_S = 8.0, 2.0
 
 
-def bodies(seed: int, deadline_ms: int | None = None) -> Callable[[], dict[str, Any]]:
+def bodies(deadline_ms: int | None = None) -> list[dict[str, Any]]:
     """Requests, every other one with a picture of its own."""
-    chance = random.Random(seed)
+    chance = random.Random(1)
     fields = {} if deadline_ms is None else {"deadline_ms": deadline_ms}
+    made = []
+    for index in range(400):
+        picture = {"image": png(chance)} if index % 2 else {}
+        made.append({"task": "a", "text": tiny.text(chance, 3), **picture, **fields})
+    return made
 
-    def body() -> dict[str, Any]:
-        pixels = np.frombuffer(chance.randbytes(16 * 16 * 3), dtype=np.uint8).reshape(16, 16, 3)
-        kept = io.BytesIO()
-        Image.fromarray(pixels).save(kept, "PNG")
-        picture = {"image": base64.b64encode(kept.getvalue()).decode()} if chance.random() < 0.5 else {}
-        return {"task": "a", "text": tiny.text(chance, 3), **picture, **fields}
 
-    return body
+def png(chance: random.Random) -> str:
+    """A small picture, base64."""
+    pixels = np.frombuffer(chance.randbytes(16 * 16 * 3), dtype=np.uint8).reshape(16, 16, 3)
+    kept = io.BytesIO()
+    Image.fromarray(pixels).save(kept, "PNG")
+    return base64.b64encode(kept.getvalue()).decode()
 
 
 @dataclass(frozen=True)
@@ -75,32 +80,32 @@ class Overload:
         return len(good) / OVERLOAD_S / self.capacity
 
 
-async def healthy(port: int, over: asyncio.Event) -> list[Reply]:
+def healthy(port: int, over: threading.Event) -> list[Reply]:
     replies = []
-    while not over.is_set():
-        replies += [await call(port, get(path)) for path in ("/livez", "/readyz")]
-        await asyncio.sleep(0.1)
+    while not over.wait(0.1):
+        replies += [asyncio.run(call(port, get(path))) for path in ("/livez", "/readyz")]
     return replies
 
 
-async def capacity(port: int, seed: int) -> float:
-    return len(await closed_loop(port, bodies(seed), CAP, MEASURE_S)) / MEASURE_S
+def capacity(port: int, seed: int) -> float:
+    return len(crowd(port, bodies(), MEASURE_S, seed=seed, clients=CAP)) / MEASURE_S
 
 
-async def overload(server: Served, times: float, counted: Counter[str]) -> Overload:
+def overload(server: Served, times: float, counted: Counter[str]) -> Overload:
     port = server.port
-    await closed_loop(port, bodies(0), 2, 0.5)  # what is done once is done
-    quiet = quantile([reply.seconds for reply in await closed_loop(port, bodies(1), 1, MEASURE_S)], 0.99)
+    crowd(port, bodies(), 0.5, seed=0, clients=2)  # what is done once is done
+    quiet = quantile([reply.seconds for reply in crowd(port, bodies(), MEASURE_S, seed=1, clients=1)], 0.99)
     deadline_ms = round(5000 * quiet)
-    before = await capacity(port, 2)
+    before = capacity(port, 2)
     counted.clear()
-    held, over = resident_bytes(), asyncio.Event()
-    health = asyncio.create_task(healthy(port, over))
-    replies = await open_loop(port, bodies(3, deadline_ms), times * before, OVERLOAD_S, seed=4)
-    over.set()
+    held, over = resident_bytes(), threading.Event()
+    with ThreadPoolExecutor(1) as beside:
+        health = beside.submit(healthy, port, over)
+        replies = crowd(port, bodies(deadline_ms), OVERLOAD_S, seed=4, rate=times * before)
+        over.set()
     deepest, decoded, grown = counted["deepest"], counted["decoded"], resident_bytes() - held
-    lower = min(before, await capacity(port, 5))
-    return Overload(lower, quiet, deadline_ms / 1000, replies, await health, deepest, decoded, grown)
+    lower = min(before, capacity(port, 5))
+    return Overload(lower, quiet, deadline_ms / 1000, replies, health.result(), deepest, decoded, grown)
 
 
 @pytest.fixture
@@ -140,10 +145,10 @@ def test_four_times_the_load_costs_no_goodput_and_the_rest_is_told_at_once(
     prompt = tiny.prompt("a", decoding=GREEDY)
     with served(tmp_path, prompt, options=options, settings=settings, around=probed) as server, thread_probe(lag):
         started = time.monotonic()
-        run = asyncio.run(overload(server, 4.0, counted))
+        run = overload(server, 4.0, counted)
         assert time.monotonic() - started < 60
         until(server.is_idle)
-        again = asyncio.run(closed_loop(server.port, bodies(9), 1, 1.0))
+        again = crowd(server.port, bodies(), 1.0, seed=9, clients=1)
         late_s = 2 * quantile(lag.thread, 0.99)
         check_answers(run, late_s)
         check_refusals(run, late_s)
@@ -231,6 +236,6 @@ def test_without_a_bound_goodput_collapses(
     SlowDevice(monkeypatch, encode_s=0.02, step_s=0.02)
     options, settings = limits(ENDLESS)
     with served(tmp_path, tiny.prompt("a", decoding=GREEDY), options=options, settings=settings) as server:
-        run = asyncio.run(overload(server, 4.0, counted))
+        run = overload(server, 4.0, counted)
     assert run.goodput < 0.5, run.goodput
     assert run.deepest > CAP
