@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +32,8 @@ class Reply:
     sent: dict[str, Any]
     seconds: float
     body: dict[str, Any]
+    ended: float
+    """Seconds: on `time.monotonic`'s scale, and of a crowd's reply since the crowd began."""
 
 
 def predict(body: dict[str, Any]) -> bytes:
@@ -55,13 +57,13 @@ async def call(port: int, data: bytes, sent: dict[str, Any] | None = None) -> Re
     finally:
         writer.close()
         await writer.wait_closed()
-    seconds = time.monotonic() - started
+    ended = time.monotonic()
     head, _, payload = heard.partition(b"\r\n\r\n")
     lines = head.decode("latin-1").split("\r\n")
     headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines[1:])}
     body = json.loads(payload)
     code = body["error"]["code"] if "error" in body else "ok"
-    return Reply(int(lines[0].split()[1]), code, headers.get("retry-after"), sent or {}, seconds, body)
+    return Reply(int(lines[0].split()[1]), code, headers.get("retry-after"), sent or {}, ended - started, body, ended)
 
 
 async def closed_loop(
@@ -123,7 +125,9 @@ def crowd(
 def main() -> None:
     """`crowd`'s other process."""
     told = json.loads(sys.stdin.read())
+    began = time.monotonic()
     replies = asyncio.run(closed_loop(**told) if "clients" in told else open_loop(**told))
+    replies = [replace(reply, ended=reply.ended - began) for reply in replies]
     print(json.dumps([asdict(reply) for reply in replies]))
 
 

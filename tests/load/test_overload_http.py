@@ -31,20 +31,21 @@ from promptmux_server.engine.options import EngineOptions
 from promptmux_server.engine.scheduler import FairQueue
 from promptmux_server.settings import Settings
 
-BATCH, CAP = 8, 16
+BATCH, CAP = 4, 8
 """A full batch runs and another waits: with no more than that ahead, whoever is admitted is in time."""
 ENDLESS = 100_000
-GREEDY = {"method": "greedy", "min_length": 3, "max_length": 3}
-OVERLOAD_S, MEASURE_S = 8.0, 2.0
+GREEDY = {"method": "greedy", "min_length": 2, "max_length": 2}
+ROUNDS, OVERLOAD_S, MEASURE_S = 3, 3.0, 2.0
+"""Capacity and overload are measured in turns, as the machine may become busier or less so."""
 
 
 def bodies(deadline_ms: int | None = None) -> list[dict[str, Any]]:
-    """Requests, every other one with a picture of its own."""
+    """Requests, every fourth with a picture of its own."""
     chance = random.Random(1)
     fields = {} if deadline_ms is None else {"deadline_ms": deadline_ms}
     made = []
     for index in range(400):
-        picture = {"image": png(chance)} if index % 2 else {}
+        picture = {} if index % 4 else {"image": png(chance)}
         made.append({"task": "a", "text": tiny.text(chance, 3), **picture, **fields})
     return made
 
@@ -61,11 +62,11 @@ def png(chance: random.Random) -> str:
 class Overload:
     """What came of it."""
 
-    capacity: float
-    """Answers a second of the closed loop: the lower of before and after, for the machine may have become busier."""
+    capacities: list[float]
+    """Answers a second of each closed loop."""
     quiet_p99_s: float
     deadline_s: float
-    replies: list[Reply]
+    rounds: list[list[Reply]]
     health: list[Reply]
     deepest: int
     """The most that ever waited in the engine's queue."""
@@ -74,10 +75,21 @@ class Overload:
     grown_bytes: int
 
     @property
+    def replies(self) -> list[Reply]:
+        return [reply for replies in self.rounds for reply in replies]
+
+    @property
     def goodput(self) -> float:
-        """Answers in time, as a part of the capacity."""
-        good = [reply for reply in self.replies if reply.status == 200 and reply.seconds <= self.deadline_s]
-        return len(good) / OVERLOAD_S / self.capacity
+        """Answers in time, as a part of the capacity: of its lowest measurement, for so far apart they may be alike."""
+        good = sum(
+            reply.seconds <= self.deadline_s and reply.status == 200 for reply in within(self.replies, OVERLOAD_S)
+        )
+        return good / len(self.rounds) / OVERLOAD_S / min(self.capacities)
+
+
+def within(replies: list[Reply], seconds: float) -> list[Reply]:
+    """Without the answers to what still waited when the crowd stopped asking."""
+    return [reply for reply in replies if reply.ended <= seconds]
 
 
 def healthy(port: int, over: threading.Event) -> list[Reply]:
@@ -88,24 +100,27 @@ def healthy(port: int, over: threading.Event) -> list[Reply]:
 
 
 def capacity(port: int, seed: int) -> float:
-    return len(crowd(port, bodies(), MEASURE_S, seed=seed, clients=CAP)) / MEASURE_S
+    return len(within(crowd(port, bodies(), MEASURE_S, seed=seed, clients=CAP), MEASURE_S)) / MEASURE_S
 
 
-def overload(server: Served, times: float, counted: Counter[str]) -> Overload:
-    port = server.port
+def overload(server: Served, times: float, counted: Counter[str], rounds: int) -> Overload:
+    port, capacities, replies = server.port, [], []
     crowd(port, bodies(), 0.5, seed=0, clients=2)  # what is done once is done
     quiet = quantile([reply.seconds for reply in crowd(port, bodies(), MEASURE_S, seed=1, clients=1)], 0.99)
-    deadline_ms = round(5000 * quiet)
-    before = capacity(port, 2)
-    counted.clear()
-    held, over = resident_bytes(), threading.Event()
+    deadline_ms, held, decoded = round(5000 * quiet), resident_bytes(), 0
+    over = threading.Event()
     with ThreadPoolExecutor(1) as beside:
         health = beside.submit(healthy, port, over)
-        replies = crowd(port, bodies(deadline_ms), OVERLOAD_S, seed=4, rate=times * before)
+        for number in range(rounds):
+            capacities.append(capacity(port, 10 + number))
+            counted["decoded"] = 0
+            rate = times * capacities[-1]
+            replies.append(crowd(port, bodies(deadline_ms), OVERLOAD_S, seed=20 + number, rate=rate))
+            until(server.is_idle)
+            decoded += counted["decoded"]
         over.set()
-    deepest, decoded, grown = counted["deepest"], counted["decoded"], resident_bytes() - held
-    lower = min(before, capacity(port, 5))
-    return Overload(lower, quiet, deadline_ms / 1000, replies, health.result(), deepest, decoded, grown)
+    grown = resident_bytes() - held
+    return Overload(capacities, quiet, deadline_ms / 1000, replies, health.result(), counted["deepest"], decoded, grown)
 
 
 @pytest.fixture
@@ -135,7 +150,7 @@ def limits(cap: int) -> tuple[EngineOptions, Settings]:
 def test_four_times_the_load_costs_no_goodput_and_the_rest_is_told_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: Counter[str]
 ) -> None:
-    SlowDevice(monkeypatch, encode_s=0.02, step_s=0.02)
+    SlowDevice(monkeypatch, encode_s=0.05, step_s=0.05)
     lag = Lag()
 
     def probed(app: ASGIApp) -> ASGIApp:
@@ -145,9 +160,8 @@ def test_four_times_the_load_costs_no_goodput_and_the_rest_is_told_at_once(
     prompt = tiny.prompt("a", decoding=GREEDY)
     with served(tmp_path, prompt, options=options, settings=settings, around=probed) as server, thread_probe(lag):
         started = time.monotonic()
-        run = overload(server, 4.0, counted)
+        run = overload(server, 4.0, counted, ROUNDS)
         assert time.monotonic() - started < 60
-        until(server.is_idle)
         again = crowd(server.port, bodies(), 1.0, seed=9, clients=1)
         late_s = 2 * quantile(lag.thread, 0.99)
         check_answers(run, late_s)
@@ -163,7 +177,7 @@ def check_answers(run: Overload, late_s: float) -> None:
     statuses = Counter(reply.status for reply in run.replies)
     assert set(statuses) <= {200, 429, 503, 504}
     assert statuses[503] > statuses[200]  # the control: it was an overload
-    assert run.goodput >= 0.90, (run.goodput, statuses, run.capacity)
+    assert run.goodput >= 0.90, (run.goodput, statuses, run.capacities)
     accepted = [reply.seconds for reply in run.replies if reply.status in (200, 504)]
     assert quantile(accepted, 0.99) <= run.deadline_s + late_s
     assert 0 < run.deepest <= CAP
@@ -175,8 +189,11 @@ def check_refusals(run: Overload, late_s: float) -> None:
     waits = {int(reply.retry_after or "") for reply in refused}
     assert waits <= set(range(1, 31))
     assert len(waits) > 1
-    # 50 ms on a machine of its own; here the clients, the device and the other tests share two cores with the server.
-    assert quantile([reply.seconds for reply in refused], 0.99) <= 0.15 + late_s
+    # 50 ms on a machine of its own. Here clients, device and other tests share two cores with the server, and the
+    # slowest of a hundred is the one that met a stall of the machine: 0.2 s where eight processes want two cores.
+    seconds = [reply.seconds for reply in refused]
+    assert quantile(seconds, 0.5) <= 0.05
+    assert quantile(seconds, 0.99) <= 0.3 + late_s
     with_picture = Counter(reply.status for reply in run.replies if "image" in reply.sent)
     # One that is late before its turn to be decoded is not decoded either.
     assert with_picture[200] <= run.decoded <= with_picture[200] + with_picture[504]
@@ -233,9 +250,9 @@ def test_without_a_bound_goodput_collapses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: Counter[str]
 ) -> None:
     """The control: the same server, queue without end: whoever is served has waited too long already."""
-    SlowDevice(monkeypatch, encode_s=0.02, step_s=0.02)
+    SlowDevice(monkeypatch, encode_s=0.05, step_s=0.05)
     options, settings = limits(ENDLESS)
     with served(tmp_path, tiny.prompt("a", decoding=GREEDY), options=options, settings=settings) as server:
-        run = overload(server, 4.0, counted)
+        run = overload(server, 4.0, counted, 1)
     assert run.goodput < 0.5, run.goodput
     assert run.deepest > CAP
