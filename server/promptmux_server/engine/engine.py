@@ -230,7 +230,7 @@ class Engine:
         room = self._options.max_batch - len(self._running)
         self._join(self._queue.take(room, self._options.joining_ms, self._may_join))
         if not self._running:
-            self._queue.wait(IDLE_S)
+            self._queue.wait(min(IDLE_S, self._queue.until_next_deadline(time.monotonic())))
             return
         self._guarded(self._step, list(self._running.values()))
         self._settle()

@@ -179,6 +179,11 @@ class FairQueue(Generic[Ticket]):
             self._news.set()
         return expired
 
+    def until_next_deadline(self, now: float) -> float:
+        """Seconds from `now` until `expire` may find something; never negative, infinite if it will not."""
+        with self._lock:
+            return max(0.0, self._deadlines[0][0] - now) if self._deadlines else math.inf
+
     def close(self) -> None:
         """Refuse new tickets; those already waiting are still handed out."""
         with self._lock:
