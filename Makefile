@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 SOURCES := kernels/promptmux_kernels prompts/promptmux_prompts server/promptmux_server clients/python/promptmux
+CLAIMS := mixing cold_tasks fanout continuous deterministic overload http_overhead
 .PHONY: install format lint types test bench demo serve soak art scenes pretrain library
 
 install: .venv/installed
@@ -23,7 +24,9 @@ types: install
 test: install
 	$(BIN)/python -m pytest -n 2
 
+# Each benchmark prints a line of JSON, and appends it to the file BENCH_OUT if that is set.
 bench: install
+	set -e; for claim in $(CLAIMS); do $(BIN)/python benchmarks/$$claim.py; done
 	$(BIN)/python benchmarks/ofa_base_picture.py
 
 demo: install

@@ -36,6 +36,11 @@ class Call:
     def wait_s(self) -> float:
         return self.ended - self.due
 
+    @property
+    def in_time(self) -> bool:
+        """Answered before its deadline; the engine lets a step that it has begun run over."""
+        return self.error is None and self.ended <= self.request.deadline
+
     def end(self, error: BaseException | None) -> None:
         self.ended = time.monotonic()
         self.error = None if error is None else error.code if isinstance(error, PromptmuxError) else repr(error)
@@ -94,8 +99,8 @@ def poisson(rate: float, count: int, seed: int) -> list[float]:
 
 
 def answered_per_s(calls: Sequence[Call], start: float, stop: float) -> float:
-    """Answers between two times, a second."""
-    return sum(call.error is None and start <= call.ended < stop for call in calls) / (stop - start)
+    """Answers in time, a second, of those that ended between two times."""
+    return sum(call.in_time and start <= call.ended < stop for call in calls) / (stop - start)
 
 
 def percentile(values: Iterable[float], percent: float) -> float:
