@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import httpx2
 import pytest
@@ -45,7 +44,7 @@ class Server:
         arguments = [str(value) for value in (self.port, self.metrics_port, delay_s, timeout_s)]
         self.process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM, *arguments],
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import gc
 import io
 import json
 import socket
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
+import anyio
 import httpx2
 import pytest
 from PIL import Image
@@ -17,6 +20,7 @@ from api.fake_engine import FakeEngine
 from api.live_server import live_server, until
 from promptmux_server.api import documents, pictures
 from promptmux_server.api.app import build_app
+from promptmux_server.backbone.images import ImageLimits
 from promptmux_server.settings import Settings
 
 
@@ -154,3 +158,19 @@ def test_the_deadline_of_a_fanout_is_that_of_each_task(client: httpx2.Client) ->
     first, second = response.json()["answers"]
     assert first["error"]["code"] == "deadline_exceeded"
     assert "output" in second
+
+
+def test_pixels_last_as_long_as_an_item_looks_at_them(decodings: list[str]) -> None:
+    async def scenario() -> None:
+        limits, decoders = ImageLimits(), anyio.CapacityLimiter(1)
+        shared = pictures.Picture(picture())
+        first, second = shared.shared(), shared.shared()
+        image = weakref.ref(await first.decoded(limits, decoders))
+        first.let_go()
+        assert await second.decoded(limits, decoders) is image()
+        second.let_go()
+        gc.collect()
+        assert image() is None
+        assert len(decodings) == 1
+
+    anyio.run(scenario)

@@ -64,7 +64,7 @@ class Client:
         deadline_ms: int | None = None,
         priority: Priority | None = None,
     ) -> list[Answer]:
-        """Ask many tasks about one picture, which is sent, decoded and seen once; answers come in the order of tasks.
+        """Ask many tasks about one picture, which is sent and decoded once; answers come in the order of tasks.
 
         Text and premise go to the tasks that take them; an `Item` in place of a name brings its own.
         """

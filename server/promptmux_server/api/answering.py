@@ -60,6 +60,8 @@ class Answerer:
 
         async def answer_one(index: int) -> None:
             outcomes[index] = await self._answer(call, index, listener)
+            if (picture := call.items[index].picture) is not None:
+                picture.let_go()
             if listener is not None:
                 listener.answered(index, outcomes[index])
 

@@ -1,4 +1,4 @@
-"""POST /v1/fanout: one picture and text, many tasks. The picture is decoded once, and passes the vision stem once.
+"""POST /v1/fanout: one picture and text, many tasks. The picture is sent once and decoded once.
 
 Owns which task gets what: what stands at the top of the body goes to the tasks that take it, so that a captioner may
 stand beside a question; what stands at a task goes to that task as it is, taken or not.
@@ -42,5 +42,5 @@ def _item(index: int, asked: FanoutRequest, task: FanoutTask, picture: Picture |
         text=asked.text if task.text is None and takes.takes_text else task.text,
         premise=asked.premise if task.premise is None and takes.takes_premise else task.premise,
         decoding=decoding_of(task),
-        picture=picture if takes.takes_image else None,
+        picture=picture.shared() if picture is not None and takes.takes_image else None,
     )

@@ -5,6 +5,8 @@ Owns the threads that may decode and the memory of what a picture turned out to 
 
 from __future__ import annotations
 
+from typing import Self
+
 import anyio
 
 from promptmux_server.backbone.images import DecodedImage, ImageLimits, decode_base64_image
@@ -12,12 +14,26 @@ from promptmux_server.errors import PromptmuxError
 
 
 class Picture:
-    """A picture as it was sent; however many items look at it, it is decoded once and they share the pixels."""
+    """A picture as it was sent; however many items look at it, it is decoded once and they share the pixels.
+
+    It lasts until the last of them has let go: a call may outlive its items, and 50 MB are not kept for a slow reader.
+    """
 
     def __init__(self, encoded: str) -> None:
         self._encoded = encoded
+        self._users = 0
         self._lock = anyio.Lock()
         self._found: DecodedImage | PromptmuxError | None = None
+
+    def shared(self) -> Self:
+        """This picture, for one more item; each lets go of it once."""
+        self._users += 1
+        return self
+
+    def let_go(self) -> None:
+        self._users -= 1
+        if not self._users:
+            self._encoded, self._found = "", None
 
     async def decoded(self, limits: ImageLimits, decoders: anyio.CapacityLimiter) -> DecodedImage:
         """The pixels; raises MalformedImage or ImageTooLarge, to everyone who asks.

@@ -30,5 +30,5 @@ def _item(index: int, item: PredictItem) -> CallItem:
         text=item.text,
         premise=item.premise,
         decoding=decoding_of(item),
-        picture=None if item.image is None else Picture(item.image),
+        picture=None if item.image is None else Picture(item.image).shared(),
     )

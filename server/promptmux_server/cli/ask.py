@@ -68,7 +68,7 @@ def fanout(
     url: UrlOption = DEFAULT_URL,
     as_json: JsonOption = False,
 ) -> None:
-    """Ask a running server many tasks about one picture, which is sent and seen once."""
+    """Ask a running server many tasks about one picture, which is sent and decoded once."""
     from promptmux import Client, PromptmuxError
 
     try:
