@@ -28,30 +28,38 @@ PROBE_S = 0.005
 
 
 class SlowDevice:
-    """Every pass of the model takes a given time longer, whatever its size: so a full batch is the best batch."""
+    """The tiny model, with what a pass would take: so long for each row of the encoder, so long for a decoding step.
+
+    A step costs the same whatever the batch, so a full batch is the best one; the encoder's cost is that of its rows,
+    so it does not matter who joins together with whom.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, encode_s: float, step_s: float) -> None:
         self.encode_s, self.step_s = encode_s, step_s
+        self.busy_s = 0.0
         self.encoded = self.stepped = 0
         """Rows that passed the encoder; rows of all decoding steps."""
         self._encode, self._step = tiny.model().encode, tiny.model().step
         monkeypatch.setattr(tiny.model(), "encode", self.encode, raising=False)
         monkeypatch.setattr(tiny.model(), "step", self.step, raising=False)
 
-    @property
-    def turn_s(self) -> float:
-        """The longest that somebody who runs already waits for a turn of the loop."""
-        return self.encode_s + self.step_s
+    def turn_s(self, joining: int) -> float:
+        """A turn of the engine's loop: so many join, then all take a step."""
+        return self.encode_s * joining + self.step_s
 
     def encode(self, rows: Sequence[Any], prompts: Any) -> Any:
-        time.sleep(self.encode_s)
         self.encoded += len(rows)
+        self._work(self.encode_s * len(rows))
         return self._encode(rows, prompts)
 
     def step(self, beams: Any, *rest: Any) -> Any:
-        time.sleep(self.step_s)
         self.stepped += len(beams.groups)
+        self._work(self.step_s)
         return self._step(beams, *rest)
+
+    def _work(self, seconds: float) -> None:
+        self.busy_s += seconds
+        time.sleep(seconds)
 
 
 @dataclass

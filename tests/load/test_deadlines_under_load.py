@@ -86,7 +86,7 @@ def submitted(engine: Engine, count: int) -> list[tuple[Request, Future[Answer],
 def test_the_engine_tells_whoever_is_late_within_a_step_and_starts_nothing_late(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, late_starts: list[float]
 ) -> None:
-    device = SlowDevice(monkeypatch, encode_s=0.02, step_s=0.02)
+    device = SlowDevice(monkeypatch, encode_s=0.005, step_s=0.02)
     asked = submitted(engine, 300)
     wait([future for _, future, _ in asked], timeout=30)
     until(lambda: all(ended for *_, ended in asked))
@@ -95,7 +95,7 @@ def test_the_engine_tells_whoever_is_late_within_a_step_and_starts_nothing_late(
     assert min(outcomes.values()) > 30
     for request, future, (ended,) in asked:
         if future.exception() is not None:
-            assert request.deadline <= ended <= request.deadline + LATE_S + device.turn_s + BUSY_S
+            assert request.deadline <= ended <= request.deadline + LATE_S + device.turn_s(4) + BUSY_S
     assert max(late_starts) <= LATE_S  # between a turn's look at the clock and its first pass
     assert device.encoded == len(late_starts) < 300
     until(lambda: engine.load().running == 0)
@@ -106,7 +106,7 @@ def test_a_queue_that_forgets_deadlines_starts_late_work(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, late_starts: list[float]
 ) -> None:
     """The control."""
-    SlowDevice(monkeypatch, encode_s=0.02, step_s=0.02)
+    SlowDevice(monkeypatch, encode_s=0.005, step_s=0.02)
     monkeypatch.setattr(FairQueue, "expire", lambda *_: [])
     asked = submitted(engine, 60)
     wait([future for _, future, _ in asked], timeout=30)
@@ -140,7 +140,7 @@ def test_a_request_that_waits_for_its_prompt_is_told_in_time_though_the_engine_s
 def test_over_http_answers_come_by_the_deadline_and_every_reason_is_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late_starts: list[float]
 ) -> None:
-    device = SlowDevice(monkeypatch, encode_s=0.03, step_s=0.03)
+    device = SlowDevice(monkeypatch, encode_s=0.01, step_s=0.03)
     prompt = tiny.prompt("a", image_size=None, decoding=GREEDY)
     bodies = [{"task": "a", "text": "the dog", "deadline_ms": ms} for ms in deadlines_ms(200)]
     settings = Settings(queue_size=1000)
@@ -154,7 +154,7 @@ def test_over_http_answers_come_by_the_deadline_and_every_reason_is_counted(
         assert set(statuses) == {200, 504}
         for reply in replies:
             seconds = reply.sent["deadline_ms"] / 1000
-            assert reply.seconds <= seconds + LATE_S + device.turn_s + BUSY_S
+            assert reply.seconds <= seconds + LATE_S + device.turn_s(4) + BUSY_S
             assert reply.status == 200 or reply.seconds >= seconds
         assert server.items("ok") - ok == statuses[200]
         assert server.items("deadline_exceeded") == server.answers(504) == statuses[504]

@@ -71,7 +71,7 @@ def test_a_server_is_ready_once_its_warm_up_has_answered(
 def test_waiting_work_and_bad_files_leave_a_server_live_and_ready(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    SlowDevice(monkeypatch, encode_s=0.05, step_s=0.05)
+    SlowDevice(monkeypatch, encode_s=0.03, step_s=0.05)
     options = EngineOptions(max_batch=2, queue_size=8, stalled_after_s=2.0)
     with served(tmp_path, tiny.prompt("a", decoding=SHORT), options=options, settings=Settings(queue_size=8)) as server:
         port, over = server.port, threading.Event()
