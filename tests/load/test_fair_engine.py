@@ -175,14 +175,14 @@ def test_a_crowd_of_batch_work_hardly_slows_interactive_requests(start: Start, m
     throughput(engine, device, ["x"], 0.5)
     rate = 0.4 * throughput(engine, device, ["x"], 1.5).by_clock
     asking = ask("somebody")
-    alone = offer(engine, {"asking": (rate, asking)}, 4.0)["asking"]
+    alone = offer(engine, {"asking": (rate, asking)}, 3.0)["asking"]
     crowd = (4 * rate, ask("jobs", priority="batch"))
-    beside = offer(engine, {"asking": (rate, asking), "crowd": crowd}, 4.0)
+    beside = offer(engine, {"asking": (rate, asking), "crowd": crowd}, 3.0)
     assert beside["asking"].success >= 0.99
     assert beside["crowd"].success < 1.0  # the control: there was a crowd
     found, before = quantile(beside["asking"].seconds, 0.99), quantile(alone.seconds, 0.99)
     assert found <= 1.5 * before + device.turn_s(BATCH) + BUSY_S
-    same = offer(engine, {"asking": (rate, ask("jobs")), "crowd": (4 * rate, ask("jobs"))}, 4.0)["asking"]
+    same = offer(engine, {"asking": (rate, ask("jobs")), "crowd": (4 * rate, ask("jobs"))}, 3.0)["asking"]
     assert same.success < 0.9 or quantile(same.seconds, 0.99) > found  # the control: without a priority
 
 

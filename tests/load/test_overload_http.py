@@ -204,8 +204,8 @@ def check_health(run: Overload, late_s: float) -> None:
 def check_seconds(seconds: list[float], late_s: float) -> None:
     """Half of the replies within 50 ms, and 99 of 100 within 0.3 s.
 
-    On a machine of its own they take 5 ms. Here clients, device and other tests share two cores with the server, and the
-    slowest of a hundred is the one that met a stall of the machine: 0.2 s where eight processes want two cores.
+    On a machine of its own they take 5 ms. Here clients, device and other tests share two cores with the server, and
+    the slowest of a hundred is the one that met a stall of the machine: 0.2 s where eight processes want two cores.
     """
     assert quantile(seconds, 0.5) <= 0.05
     assert quantile(seconds, 0.99) <= 0.3 + late_s
