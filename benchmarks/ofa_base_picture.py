@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers.pre_tokenizers import ByteLevel
 
 from lines import write_line
 from promptmux_prompts import ImageInput, Manifest, Prompt, write_prompt
@@ -32,9 +33,10 @@ from promptmux_server.engine.request import Answer, Request
 
 
 def placeholder_tokenizer(config: BackboneConfig) -> Tokenizer:
-    """A vocabulary of the released size whose entries mean nothing."""
-    bytes_and_words = [*(f"w{i}" for i in range(len(SPECIALS), config.text_vocab_size))]
-    vocab = {symbol: index for index, symbol in enumerate([*SPECIALS, *bytes_and_words])}
+    """A vocabulary of the released size: every byte, and words that no text becomes, since nothing is merged."""
+    symbols = [*SPECIALS, *sorted(ByteLevel.alphabet())]
+    symbols += [f"word{i}" for i in range(len(symbols), config.text_vocab_size)]
+    vocab = {symbol: index for index, symbol in enumerate(symbols)}
     return Tokenizer(vocab, [], num_codes=config.num_codes, num_bins=config.num_bins)
 
 
