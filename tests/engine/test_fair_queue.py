@@ -129,6 +129,11 @@ class AnyCalls(RuleBasedStateMachine):
             self.closed = True
 
     @invariant()
+    def nobody_is_overslept(self) -> None:
+        waits = [deadline - self.now for _, deadline in self.waiting.values()]
+        assert 0.0 <= self.queue.until_next_deadline(self.now) <= max(0.0, min(waits, default=math.inf))
+
+    @invariant()
     def counts_are_exact(self) -> None:
         shares = Counter(share for share, _ in self.waiting.values())
         assert self.queue.depths() == shares

@@ -187,7 +187,11 @@ def test_a_crowd_of_batch_work_hardly_slows_interactive_requests(start: Start, m
 
 
 def test_with_one_place_for_prompts_nobody_is_passed_over(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A, B, A, A, ...: B's prompt takes the place as soon as the batch that holds it has ended."""
+    """A, B, A, A, ...: after `PATIENCE` younger requests, a batch of the default size, B's prompt takes the place.
+
+    Steps take 20 ms: in less the thread that moves prompts may not have had its turn before another batch begins.
+    """
+    SlowDevice(monkeypatch, encode_s=0.0, step_s=0.02)
     batches: list[list[str]] = []
     go, encode = threading.Event(), Engine._encode
 
