@@ -17,6 +17,9 @@ from promptmux_server.engine.pictures import PICTURES_PER_STEM_PASS
 TASKS = 16
 CACHE_BYTES = 256 << 20
 """The server's default."""
+JOINING_MS = 1e6
+"""All 16 join in one pass: by default pictures that cost more than 250 ms would join in smaller ones, each encoder pass
+then a smaller product, and the comparison would no longer be about the stem alone."""
 
 
 def near_copies(picture: DecodedImage, number: int) -> list[DecodedImage]:
@@ -39,8 +42,8 @@ def main() -> None:
     options = arguments(__doc__, rounds=5)
     with (
         bench(options.backbone, TASKS) as made,
-        made.engine(image_cache_bytes=CACHE_BYTES) as sharing,
-        made.engine(image_cache_bytes=0) as separate,
+        made.engine(image_cache_bytes=CACHE_BYTES, joining_ms=JOINING_MS) as sharing,
+        made.engine(image_cache_bytes=0, joining_ms=JOINING_MS) as separate,
     ):
         seeds = count()  # a picture of its own each time: none may be in the cache from the time before
 
