@@ -56,7 +56,7 @@ class Settings(BaseSettings):
     """Items admitted at one time, whoever sent them; beyond it 503."""
     queue_per_key: Count = 64
     """Of them, items of one API key; beyond it 429. Without a key file nothing is counted by key."""
-    queue_per_task: Count = 128
+    queue_per_task: Count = 256
     """Of them, items waiting for one task within one key, or of all callers without a key file; beyond it 429."""
     image_cache_bytes: Annotated[int, Field(ge=0)] = 256 * MIB
     """Pictures that the vision stem has seen, kept for other requests about them; 0 keeps none."""

@@ -488,3 +488,19 @@ def test_many_threads_lose_nothing_and_get_nothing_twice() -> None:
     for thread in consumers:
         thread.join(30)
     assert sorted(got + dropped) == list(range(2000))
+
+
+def test_what_would_be_late_before_its_turn_is_refused_at_once() -> None:
+    """The caller's own backlog answers 429; of callers without a name, who all are one, everybody's answers 503."""
+    queue: FairQueue[int] = FairQueue(QueueLimits(100, 100, 100), {}, random.Random(0))
+    for ticket in range(10):
+        queue.put(ticket, Share("hog", "t"), cost_ms=500.0)
+    with pytest.raises(TenantQueueFull) as refused:
+        queue.put(10, Share("hog", "t"), cost_ms=500.0, patience_ms=4000.0)
+    assert refused.value.retry_after_s in range(5, 9)
+    queue.put(11, Share("hog", "t"), cost_ms=500.0, patience_ms=6000.0)
+    queue.put(12, Share("other", "t"), cost_ms=500.0, patience_ms=600.0)
+    nameless: FairQueue[int] = FairQueue(QueueLimits(100, 100, 100), {}, random.Random(0))
+    nameless.put(0, Share("", "t"), cost_ms=5000.0)
+    with pytest.raises(Overloaded):
+        nameless.put(1, Share("", "t"), cost_ms=1.0, patience_ms=1000.0)

@@ -74,6 +74,9 @@ class Answerer:
         task = call.items[index].task
         try:
             answer = await self._awaited(call, index, listener)
+        except asyncio.CancelledError:
+            self._metrics.item(task, "cancelled", {})
+            raise
         except Exception as error:
             known = as_promptmux_error(error)
             if known is not error:

@@ -7,6 +7,7 @@ scheduler's, what a batch computes the runner's, what a text means the task's.
 from __future__ import annotations
 
 import logging
+import math
 import random
 import threading
 import time
@@ -77,7 +78,7 @@ class Engine:
         files = PromptFiles.of(prompts, model.config, fingerprint, model.dtype)
         self._pools = PromptPools(model.config, model.dtype, model.device, options.prompt_device_bytes)
         copies = PromptCopies(self._pools)
-        self._tiers = PromptTiers(self._pools, copies, options.prompt_host_bytes)
+        self._tiers = PromptTiers(self._pools, copies, options.prompt_host_bytes, options.max_batch)
         self._loader = PromptLoader(self._tiers, copies, files.read, self._queue.wake)
         self._registry = Registry(files, model.config, self._tiers)
         self._pictures = Pictures(model, options.image_cache_bytes, self._queue.wake)
@@ -114,7 +115,9 @@ class Engine:
         try:
             ticket = self._admission.ticket(request, task, lease)
             ticket.cost_ms = self._estimate(ticket, self._costs.expected_steps(request.task, ticket.most_steps))
-            self._queue.put(ticket, ticket.share, ticket.cost_ms, request.deadline)
+            # Costs that were never measured refuse nobody.
+            patience_ms = 1000.0 * (request.deadline - time.monotonic()) if self._options.warm_up else math.inf
+            self._queue.put(ticket, ticket.share, ticket.cost_ms, request.deadline, patience_ms)
         except BaseException:
             self._tiers.release(lease)
             raise

@@ -9,7 +9,7 @@ Who goes next. Claims are numbered in order of admission, and the loader serves 
 evicts versions that nobody reads: those nobody wants first, least recently read first; of those that are wanted, only
 such as are wanted by younger claims. So the oldest claim always gets its turn, whatever order the engine holds in, and
 nobody is evicted for one that was cancelled. Where readers follow one another so closely that no version is ever free,
-`PATIENCE` younger claims may pass the oldest; then as many versions as it needs take no new readers.
+`patience` younger claims may pass the oldest; then as many versions as it needs take no new readers.
 
 What is kept. A version whose file was replaced, or turned bad, cannot be read again: while a request claims it, its
 last copy, on the device or in host memory, stays. One that was in neither, because its file changed before the loader
@@ -37,7 +37,7 @@ from promptmux_server.engine.request import PromptPoolStats
 from promptmux_server.errors import PinRefused, PromptmuxError
 
 PATIENCE = 32
-"""Younger claims that may be given pages while the oldest waits: one batch of the default size."""
+"""Younger claims that may be given pages while the oldest waits, unless the engine says otherwise."""
 
 Tier = Literal["device", "host", "disk"]
 
@@ -76,7 +76,9 @@ class Fetch:
 class PromptTiers:
     """Prompt versions by digest. Any thread may call any method; `hold` is for the thread that reads the pools."""
 
-    def __init__(self, pools: PromptPools, copies: PromptCopies, host_bytes: int) -> None:
+    def __init__(self, pools: PromptPools, copies: PromptCopies, host_bytes: int, patience: int | None = None) -> None:
+        """`patience`: younger claims that may be given pages while the oldest waits, such as one batch of them."""
+        self._patience = PATIENCE if patience is None else patience
         self._pools, self._copies = pools, copies
         self._host = HostCopies(host_bytes)
         self._versions: dict[str, Version] = {}
@@ -186,7 +188,7 @@ class PromptTiers:
                 self._resident.move_to_end(version)
             if younger:
                 self._passed += 1
-                if self._passed == PATIENCE:
+                if self._passed == self._patience:
                     self._poke()
             self._copies.before_use(version.written)
             return lease.residence
@@ -314,7 +316,7 @@ class PromptTiers:
                 self._leave_device(victim)
                 self._evictions += 1
             return Clean(self._dirty.pop())
-        if self._passed >= PATIENCE and not self._closed:
+        if self._passed >= self._patience and not self._closed:
             self._closed = set(self._fewest(head, [v for v in self._resident if self._may_close(v)]))
         ahead = next((version for version in absent if version.source.digest not in self._host), None)
         if ahead is None or self._host.victims(ahead.source.bytes, self._may_drop) is None:

@@ -105,14 +105,23 @@ class FairQueue(Generic[Ticket]):
         with self._lock:
             return Counter(admitted.share for admitted in self._admitted.values())
 
-    def put(self, ticket: Ticket, share: Share, cost_ms: float, deadline: float = math.inf) -> None:
+    def put(
+        self,
+        ticket: Ticket,
+        share: Share,
+        cost_ms: float,
+        deadline: float = math.inf,
+        patience_ms: float = math.inf,
+    ) -> None:
         """Admit a ticket of an estimated `cost_ms` (> 0); `deadline` is in the seconds that `expire` is given.
 
         Raises `TenantQueueFull` when a share of the caller's own is full, `Overloaded` when the queue is, `Draining`
-        after `close`.
+        after `close`. What would wait longer than `patience_ms` is refused likewise: a queue of requests that are late
+        when their turn comes does nobody any good.
         """
         with self._lock:
             self._check_room(share)
+            self._check_patience(share, patience_ms)
             assert ticket not in self._admitted
             admitted = _Admitted(share, deadline, self._order.add(share.path, ticket, cost_ms))
             self._admitted[ticket] = admitted
@@ -218,6 +227,14 @@ class FairQueue(Generic[Ticket]):
         if len(self._admitted) >= limits.total:
             wait_s = self._retry_after_s(self._order.root)
             raise Overloaded("The server's queue is full. Retry after the given time.", retry_after_s=wait_s)
+
+    def _check_patience(self, share: Share, patience_ms: float) -> None:
+        own = self._order.find(share.path)
+        if own is None or own.drain_ms <= max(patience_ms, 0.0):
+            return
+        message = "What waits already would take longer than this request's deadline. Retry after the given time."
+        kind = Overloaded if self._order.root.drain_ms > patience_ms and not share.key else TenantQueueFull
+        raise kind(message, retry_after_s=self._retry_after_s(own))
 
     def _retry_after_s(self, node: Node[Ticket]) -> int:
         """When what waits here will have been served, and some seconds more for one caller than for another."""
