@@ -128,9 +128,11 @@ class Served:
 
     def gauges(self) -> dict[str, float]:
         """What must be zero when nobody asks for anything."""
-        names = ("num_requests_waiting", "num_requests_running", "decode_cache_used", "cross_memory_used")
         registry = self.application.metrics.registry
-        found = {name: registry.get_sample_value(f"promptmux_{name}") for name in (*names, "prompt_waiting")}
+        names = ("num_requests_waiting", "num_requests_running", "prompt_waiting")
+        found = {name: registry.get_sample_value(f"promptmux_{name}") for name in names}
+        for memory in ("decode_cache", "cross_memory"):
+            found[memory] = registry.get_sample_value("promptmux_memory_used_bytes", {"memory": memory})
         assert None not in found.values()
         held = sum(version.held for version in self.engine._tiers._versions.values())
         return {**{name: value or 0.0 for name, value in found.items()}, "prompts_held": held}
