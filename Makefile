@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 SOURCES := kernels/promptmux_kernels prompts/promptmux_prompts server/promptmux_server clients/python/promptmux
-CLAIMS := mixing cold_tasks fanout continuous deterministic overload http_overhead
+CLAIMS := benchmarks/mixing.py benchmarks/cold_tasks.py benchmarks/fanout.py benchmarks/continuous.py benchmarks/deterministic.py benchmarks/overload.py benchmarks/http_overhead.py
 .PHONY: install format lint types test bench demo serve soak art scenes pretrain library
 
 install: .venv/installed
@@ -26,7 +26,7 @@ test: install
 
 # Each benchmark prints a line of JSON, and appends it to the file BENCH_OUT if that is set.
 bench: install
-	set -e; for claim in $(CLAIMS); do $(BIN)/python benchmarks/$$claim.py; done
+	set -e; for claim in $(CLAIMS); do $(BIN)/python $$claim; done
 	$(BIN)/python benchmarks/ofa_base_picture.py
 
 demo: install

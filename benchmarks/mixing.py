@@ -5,7 +5,7 @@ One task at a time is how a server works that holds one adapter active: it group
 
 from __future__ import annotations
 
-from engines import answer_all, arguments, bench, report, side_by_side
+from engines import CAPTION_TOKENS, answer_all, arguments, bench, report, side_by_side
 
 REQUESTS = 64
 
@@ -14,13 +14,14 @@ def main() -> None:
     options = arguments(__doc__, rounds=3)
     with bench(options.backbone, REQUESTS) as made, made.engine() as engine:
         pictures = [made.picture(i) for i in range(REQUESTS)]
-        # An even and an odd task stand for "one": the mixture has as many captions and answers.
-        mixed = lambda: answer_all(engine, [made.request(i, p) for i, p in enumerate(pictures)])  # noqa: E731
-        single = lambda: answer_all(engine, [made.request(i % 2, p) for i, p in enumerate(pictures)])  # noqa: E731
+        # All of one length: of unlike requests the fair queue would let other ones go first in each way.
+        length = CAPTION_TOKENS
+        mixed = lambda: answer_all(engine, [made.request(i, p, length) for i, p in enumerate(pictures)])  # noqa: E731
+        single = lambda: answer_all(engine, [made.request(0, p, length) for p in pictures])  # noqa: E731
 
         def one_at_a_time() -> None:
             for i, picture in enumerate(pictures):
-                answer_all(engine, [made.request(i, picture)])
+                answer_all(engine, [made.request(i, picture, length)])
 
         seconds = side_by_side({"mixed": mixed, "single": single, "one_at_a_time": one_at_a_time}, options.rounds)
         report(
