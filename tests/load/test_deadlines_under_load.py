@@ -156,7 +156,7 @@ def test_over_http_answers_come_by_the_deadline_and_every_reason_is_counted(
         assert set(statuses) == {200, 504}
         for reply in replies:
             seconds = reply.sent["deadline_ms"] / 1000
-            assert reply.seconds <= seconds + LATE_S + device.turn_s(4) + BUSY_S
+            assert reply.seconds <= seconds + LATE_S + device.turn_s(4) + 4 * BUSY_S
             assert reply.status == 200 or reply.seconds >= seconds
         assert server.items("ok") - ok == statuses[200]
         assert server.items("deadline_exceeded") == server.answers(504) == statuses[504]

@@ -28,7 +28,7 @@ from promptmux_server.errors import Overloaded, TenantQueueFull
 BATCH = 8
 STEPS = 2
 SHORT = {"method": "greedy", "min_length": STEPS, "max_length": STEPS}
-BUSY_S = 0.15
+BUSY_S = 0.4
 """What a promise in time is given on top: other processes want the same two cores."""
 
 Start = Callable[..., Engine]
