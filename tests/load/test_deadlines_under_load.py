@@ -72,14 +72,18 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
     engine.stop(2.0)
 
 
-def submitted(engine: Engine, count: int) -> list[tuple[Request, Future[Answer], list[float]]]:
-    """Requests all at once; the last part of each is when its future ended."""
+def submitted(engine: Engine, count: int) -> list[tuple[float, Future[Answer], list[float]]]:
+    """Requests all at once; of each when it was due to be told at the earliest, and when its future ended.
+
+    Submitting hundreds takes longer than the shortest deadlines: nobody can be told of one before the engine knows it.
+    """
     found = []
     for _, request in requests(count):
         ended: list[float] = []
         future = engine.submit(request)
+        due = max(request.deadline, time.monotonic())
         future.add_done_callback(lambda _, ended=ended: ended.append(time.monotonic()))
-        found.append((request, future, ended))
+        found.append((due, future, ended))
     return found
 
 
@@ -93,11 +97,9 @@ def test_the_engine_tells_whoever_is_late_within_a_step_and_starts_nothing_late(
     outcomes = Counter(type(future.exception()) for _, future, _ in asked)
     assert set(outcomes) == {type(None), DeadlineExceeded}
     assert min(outcomes.values()) > 30
-    late_s = sorted(ended - request.deadline for request, future, (ended,) in asked if future.exception() is not None)
-    assert late_s[0] >= 0.0
-    # A stall of the machine makes all late whose deadlines fall into it; nine in ten must not have met one.
-    assert late_s[len(late_s) * 9 // 10] <= LATE_S + device.turn_s(4) + BUSY_S
-    assert late_s[-1] <= LATE_S + device.turn_s(4) + 8 * BUSY_S
+    for due, future, (ended,) in asked:
+        if future.exception() is not None:
+            assert due <= ended <= due + LATE_S + device.turn_s(4) + BUSY_S
     assert max(late_starts) <= LATE_S  # between a turn's look at the clock and its first pass
     assert device.encoded == len(late_starts) < 300
     until(lambda: engine.load().running == 0)
