@@ -112,8 +112,8 @@ class FakeEngine:
 
         return [task("echo", takes_text=True), task("caption", takes_text=False), task("spell", takes_text=True)]
 
-    def serves(self, task: str) -> bool:
-        return any(task == status.name for status in self.tasks())
+    def task(self, name: str) -> TaskStatus | None:
+        return next((status for status in self.tasks() if status.name == name), None)
 
     def reload(self) -> ReloadReport:
         return ReloadReport(unchanged=("echo",))

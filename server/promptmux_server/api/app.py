@@ -94,10 +94,10 @@ def build_app(engine: EnginePort, settings: Settings, backbone_name: str, keys: 
 
     @app.get("/v1/tasks/{name}", summary="One task", responses=answers(Task))
     async def task(name: str) -> JSONResponse:
-        for status in engine.tasks():
-            if status.name == name:
-                return JSONResponse(asdict(status))
-        raise PromptNotFound("No such task. GET /v1/tasks lists those that are served.", param="name")
+        status = engine.task(name)
+        if status is None:
+            raise PromptNotFound("No such task. GET /v1/tasks lists those that are served.", param="name")
+        return JSONResponse(asdict(status))
 
     @app.post("/v1/tasks:reload", summary="Read the prompt directory again", responses=answers(Reload))
     async def reload() -> JSONResponse:

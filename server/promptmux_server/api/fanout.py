@@ -26,10 +26,11 @@ class Fanout:
         asked = parse_fanout(await self._desk.read(request))
         self._desk.check(asked, len(asked.tasks), "tasks")
         picture = None if asked.image is None else Picture(asked.image)
-        known = {status.name: status for status in self._engine.tasks()}
         # A name that is not known gets nothing to complain about but its name.
         items = [
-            _item(index, asked, task, picture, known.get(task.task, TaskStatus(name=task.task, state="refused")))
+            _item(
+                index, asked, task, picture, self._engine.task(task.task) or TaskStatus(name=task.task, state="refused")
+            )
             for index, task in enumerate(asked.tasks)
         ]
         return await self._desk.reply(request, asked, items)

@@ -47,7 +47,7 @@ class Metrics:
 
     def item(self, task: str, outcome: str, timings_ms: Mapping[str, float]) -> None:
         """Count one item: `outcome` is "ok" or an error code; names that are not served count as one task."""
-        label = task if self._engine.serves(task) else OTHER
+        label = task if self._engine.task(task) is not None else OTHER
         self._items.labels(label, outcome).inc()
         for stage, milliseconds in timings_ms.items():
             self._stages.labels(label, stage).observe(milliseconds / 1000.0)

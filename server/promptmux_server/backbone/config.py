@@ -98,6 +98,10 @@ class BackboneConfig:
         """Total stride of the vision stem in pixels."""
         return 16
 
+    def patches(self, side: int) -> int:
+        """Rows or columns of image tokens that a picture's side in pixels becomes."""
+        return -(-side // self.patch_pixels)
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True, indent=2) + "\n"
 

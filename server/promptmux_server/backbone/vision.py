@@ -44,11 +44,6 @@ class Bottleneck(nn.Module):
         return out
 
 
-def patches(side: int) -> int:
-    """Rows or columns of features that a picture's side in pixels becomes."""
-    return -(-side // 16)
-
-
 class VisionStem(nn.Module):
     """(B, 3, S, S') normalised pixels -> (B, 16 * resnet_width, S/16, S'/16) features.
 

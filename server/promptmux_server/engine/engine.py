@@ -38,7 +38,7 @@ from promptmux_server.engine.prompt_tiers import PromptTiers
 from promptmux_server.engine.prompt_versions import Lease
 from promptmux_server.engine.registry import Registry
 from promptmux_server.engine.request import Answer, Budget, EngineLoad, ReloadReport, Request, TaskStatus
-from promptmux_server.engine.runner import RunningBatch, Work
+from promptmux_server.engine.runner import RunningBatch
 from promptmux_server.engine.scheduler import FairQueue, QueueLimits
 from promptmux_server.engine.ticket import Ticket
 from promptmux_server.engine.warm_up import warm_up
@@ -153,14 +153,14 @@ class Engine:
     def tasks(self) -> list[TaskStatus]:
         return self._registry.statuses()
 
-    def serves(self, task: str) -> bool:
-        return self._registry.serves(task)
+    def task(self, name: str) -> TaskStatus | None:
+        return self._registry.status(name)
 
     def reload(self) -> ReloadReport:
         return self._registry.reload()
 
     def ready(self) -> bool:
-        return self._warm and self.live() and not self._stopping and self._thread.is_alive()
+        return self._warm and self.live() and not self._stopping
 
     def live(self) -> bool:
         if self._lost is not None or self._is_stalled():
@@ -206,8 +206,7 @@ class Engine:
             self._thread.join(drain_timeout_s + 5.0)
         self._pictures.close()
         self._loader.close()
-        for ticket in [*self._queue.clear(), *self._running.values()]:
-            ticket.fail(Draining("The server shut down before this request was complete.", retry_after_s=5))
+        self._drain()
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
@@ -224,8 +223,7 @@ class Engine:
             log.exception("the device is lost")
             self._lost = str(error)
             self._queue.close()
-            for ticket in [*self._running.values(), *self._queue.clear()]:
-                ticket.fail(BackendUnhealthy("The device failed; the server restarts.", retry_after_s=10))
+            self._fail_all(BackendUnhealthy, "The device failed; the server restarts.", retry_after_s=10)
 
     def _turn(self) -> None:
         """Nobody waits in vain; who fits joins; everyone in the batch takes one step."""
@@ -259,8 +257,7 @@ class Engine:
         for ticket in late:
             ticket.fail(DeadlineExceeded("The request's deadline passed before its answer was complete."))
         if now > self._drain_deadline:
-            for ticket in [*self._queue.clear(), *self._running.values()]:
-                ticket.fail(Draining("The server shut down before this request was complete.", retry_after_s=5))
+            self._drain()
         self._drop([ticket for ticket in self._running.values() if ticket.future.done()])
 
     def _may_join(self, ticket: Ticket) -> bool:
@@ -319,7 +316,7 @@ class Engine:
         for ticket in seen:
             ticket.marks.seen = time.monotonic()
         with self._measured("encode", sum(ticket.memory_length for ticket in seen)):
-            self._batch.join([(ticket.row, _work(ticket), ticket.claim) for ticket in seen if ticket.claim])
+            self._batch.join([(ticket.row, ticket.work(), ticket.claim) for ticket in seen if ticket.claim])
         for ticket in seen:
             ticket.marks.encoded = time.monotonic()
 
@@ -336,6 +333,14 @@ class Engine:
             self._drop(tickets)
 
     # -- endings ----------------------------------------------------------------------------------------------------
+
+    def _drain(self) -> None:
+        self._fail_all(Draining, "The server shut down before this request was complete.", retry_after_s=5)
+
+    def _fail_all(self, kind: type[PromptmuxError], message: str, retry_after_s: int) -> None:
+        """End whatever waits or runs; rows leave the batch at the next turn, if there is one."""
+        for ticket in [*self._queue.clear(), *self._running.values()]:
+            ticket.fail(kind(message, retry_after_s=retry_after_s))
 
     def _settle(self) -> None:
         """Pass on what the last step wrote, and answer the rows that ended in it."""
@@ -367,18 +372,6 @@ class Engine:
             prompt=ticket.task.ref,
             timings_ms=ticket.marks.timings_ms(),
         )
-
-
-def _work(ticket: Ticket) -> Work:
-    image = ticket.picture.seen if ticket.picture else None
-    return Work(
-        ticket.item.source_ids,
-        ticket.item.prefix_ids,
-        image,
-        ticket.search,
-        prompt=ticket.lease.residence,
-        alone=ticket.deterministic,
-    )
 
 
 def _error(cause: Exception) -> PromptmuxError:

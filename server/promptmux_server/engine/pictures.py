@@ -17,7 +17,6 @@ from torch import Tensor
 from promptmux_server.backbone.encoder import ImageTokens
 from promptmux_server.backbone.images import DecodedImage, preprocess
 from promptmux_server.backbone.model import OFA
-from promptmux_server.backbone.vision import patches
 from promptmux_server.engine.device_faults import in_parts_that_fit
 from promptmux_server.engine.image_cache import ImageCache, ImageKey
 
@@ -30,6 +29,8 @@ class Picture:
 
     image: DecodedImage
     key: ImageKey
+    length: int
+    """Tokens that it will be."""
     seen: ImageTokens | None = None
     failure: Exception | None = None
     """Why the stem could not see it."""
@@ -40,11 +41,6 @@ class Picture:
     def ready(self) -> bool:
         """Whether nothing but the stem lies before its tokens, or its failure."""
         return self.seen is not None or self.pixels.done()
-
-    @property
-    def length(self) -> int:
-        """Tokens that it will be."""
-        return patches(self.key.size) ** 2
 
 
 class Pictures:
@@ -62,7 +58,8 @@ class Pictures:
         with self._lock:
             picture = self._current.get(key)
             if picture is None:
-                picture = self._current[key] = Picture(image, key)
+                length = self._model.config.patches(key.size) ** 2
+                picture = self._current[key] = Picture(image, key, length)
             kept = self.cache.get(key)
             picture.seen = picture.seen or kept
             return picture
@@ -84,10 +81,10 @@ class Pictures:
         self._on_ready()
 
     def see(self, pictures: Sequence[Picture]) -> None:
-        """Run the stem over those not seen yet, pictures of one size together; each ends seen or with its failure."""
+        """Run the stem over pictures not seen yet, those of one size together; each ends seen or with its failure."""
         parts: dict[tuple[object, int], list[Picture]] = {}
-        for picture in dict.fromkeys(pictures):
-            if picture.seen is not None or picture.failure is not None:
+        for picture in pictures:
+            if picture.failure is not None:
                 continue
             picture.failure = picture.pixels.exception()  # type: ignore[assignment]  # never a BaseException: `_prepare`
             if picture.failure is None:

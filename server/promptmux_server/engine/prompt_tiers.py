@@ -209,12 +209,15 @@ class PromptTiers:
 
     # -- what can be seen -------------------------------------------------------------------------------------------
 
+    def place(self, digest: str) -> Place:
+        """Where a version is."""
+        with self._lock:
+            return self._place(self._versions[digest])
+
     def places(self) -> Mapping[str, Place]:
         """Where every version is, by digest."""
         with self._lock:
-            return {
-                digest: Place(self._tier(version), version in self._pins) for digest, version in self._versions.items()
-            }
+            return {digest: self._place(version) for digest, version in self._versions.items()}
 
     def stats(self) -> PromptPoolStats:
         with self._lock:
@@ -427,6 +430,9 @@ class PromptTiers:
     def _pinned(self) -> Pages:
         pages = [version.pages for version in self._pins]
         return Pages(sum(p.encoder for p in pages), sum(p.decoder for p in pages))
+
+    def _place(self, version: Version) -> Place:
+        return Place(self._tier(version), version in self._pins)
 
     def _tier(self, version: Version) -> Tier:
         if version.home is not None:

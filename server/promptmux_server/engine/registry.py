@@ -171,9 +171,13 @@ class Registry:
             raise PromptNotFound("No such task. GET /v1/tasks lists those that are served.", param="task")
         return task
 
-    def serves(self, name: str) -> bool:
+    def status(self, name: str) -> TaskStatus | None:
+        """One task, served or refused; None for a name that is neither."""
         with self._lock:
-            return name in self._state.served
+            task, problem = self._state.served.get(name), self._state.refused.get(name)
+            if task is not None:
+                return self._status(task, self._tiers.place(task.ref.sha256), time.monotonic())
+        return None if problem is None else TaskStatus(name=name, state="refused", error=problem)
 
     def statuses(self) -> list[TaskStatus]:
         """Served and refused tasks, by name."""

@@ -198,8 +198,8 @@ class EnginePort(Protocol):
     def tasks(self) -> list[TaskStatus]:
         """Every task of the prompt directory, by name."""
 
-    def serves(self, task: str) -> bool:
-        """Whether a request may name this task now."""
+    def task(self, name: str) -> TaskStatus | None:
+        """One task of the prompt directory; None for a name that it does not have."""
 
     def reload(self) -> ReloadReport:
         """Read the prompt directory again; admitted requests keep the version they were resolved to."""

@@ -12,6 +12,7 @@ from promptmux_server.engine.pictures import Picture
 from promptmux_server.engine.prompt_versions import Lease
 from promptmux_server.engine.registry import ServedTask
 from promptmux_server.engine.request import Answer, Request
+from promptmux_server.engine.runner import Work
 from promptmux_server.engine.scheduler import Share
 from promptmux_server.errors import PromptmuxError
 from promptmux_server.tasks import EncodedItem
@@ -79,6 +80,17 @@ class Ticket:
     def slots(self) -> int:
         """The most decode cache slots it can use."""
         return len(self.item.prefix_ids) + self.search.most_tokens
+
+    def work(self) -> Work:
+        """The request as the running batch takes it, once its picture is seen and its prompt held."""
+        return Work(
+            self.item.source_ids,
+            self.item.prefix_ids,
+            self.picture.seen if self.picture else None,
+            self.search,
+            prompt=self.lease.residence,
+            alone=self.deterministic,
+        )
 
     def resolve(self, answer: Answer) -> None:
         try:

@@ -43,7 +43,7 @@ class TaskSpec:
             raise InvalidPromptFile(f"the manifest's decoding defaults are not usable: {error.message}") from error
         _check_answerable(manifest, config, decoding)
         if manifest.image is not None:
-            patches = -(-manifest.image.size // config.patch_pixels)
+            patches = config.patches(manifest.image.size)
             if not config.interpolate_position and patches > config.image_bucket_size:
                 raise InvalidPromptFile(f"pictures of {manifest.image.size} px are too large for this backbone")
         return cls(manifest, config, decoding)
