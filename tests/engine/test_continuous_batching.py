@@ -24,6 +24,7 @@ from promptmux_server.engine.options import EngineOptions
 from promptmux_server.engine.prompt_table import NO_PROMPT, PromptPools
 from promptmux_server.engine.request import Answer, Request
 from promptmux_server.engine.runner import RunningBatch, Work
+from promptmux_server.engine.scheduler import FairQueue
 from promptmux_server.errors import BackendUnhealthy, Overloaded
 from promptmux_server.tasks.decoding import DecodingParams, Outcome
 
@@ -138,6 +139,13 @@ def ask(task: str = "a", text: str = "the dog", **fields: Any) -> Request:
     return Request(request_id="r", task=task, text=text, deadline=time.monotonic() + 30, **fields)
 
 
+def until_idle(engine: Engine) -> None:
+    deadline = time.monotonic() + 5
+    while engine.load().running:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 LONG = {"method": "greedy", "min_length": 60, "max_length": 60}
 SHORT = {"method": "greedy", "min_length": 2, "max_length": 2}
 
@@ -166,10 +174,7 @@ def test_memory_is_all_there_again_whatever_ended_its_requests(start: Start) -> 
     for future in futures:
         if not future.cancelled():
             future.result(20)
-    deadline = time.monotonic() + 5
-    while engine.load().running:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until_idle(engine)
     stats = engine.load().memory
     assert (stats.slots_used, stats.places_used) == (0, 0)
 
@@ -191,6 +196,18 @@ def test_a_request_that_can_never_fit_is_told_so_at_the_door(start: Start) -> No
     with pytest.raises(Exception, match="more decoding memory than the server has"):
         engine.submit(ask(decoding=LONG))
     assert engine.submit(ask(decoding=SHORT)).result(20)
+
+
+def test_a_request_that_takes_the_steps_expected_is_charged_no_more_and_no_less(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stem's time too, which its picture cost when it came in."""
+    charged: list[float] = []
+    monkeypatch.setattr(FairQueue, "charge", lambda self, share, extra_ms: charged.append(extra_ms))
+    engine = start()
+    engine.submit(ask(image=picture(), decoding=SHORT)).result(20)
+    until_idle(engine)
+    assert charged == [0.0]
 
 
 # -- the same picture -----------------------------------------------------------------------------------------------

@@ -114,10 +114,11 @@ class Engine:
         task, lease = self._registry.resolve(request.task)
         try:
             ticket = self._admission.ticket(request, task, lease)
-            ticket.cost_ms = self._estimate(ticket, self._costs.expected_steps(request.task, ticket.most_steps))
+            ticket.expected_steps = self._costs.expected_steps(request.task, ticket.most_steps)
             # Costs that were never measured refuse nobody.
             patience_ms = 1000.0 * (request.deadline - time.monotonic()) if self._options.warm_up else math.inf
-            self._queue.put(ticket, ticket.share, ticket.cost_ms, request.deadline, patience_ms)
+            cost_ms = self._estimate(ticket, ticket.expected_steps)
+            self._queue.put(ticket, ticket.share, cost_ms, request.deadline, patience_ms)
         except BaseException:
             self._tiers.release(lease)
             raise
@@ -299,7 +300,9 @@ class Engine:
             assert ticket.claim
             self._memory.release(ticket.claim)
             self._tiers.release(ticket.lease)
-            self._queue.charge(ticket.share, self._estimate(ticket, ticket.steps) - ticket.cost_ms)
+            # Both estimates now: by its end a picture is seen, and one made at admission would give the stem back.
+            extra_ms = self._estimate(ticket, ticket.steps) - self._estimate(ticket, ticket.expected_steps)
+            self._queue.charge(ticket.share, extra_ms)
             ticket.picture = None  # megabytes, which whoever still knows the ticket must not keep
 
     def _encode(self, tickets: Sequence[Ticket]) -> None:

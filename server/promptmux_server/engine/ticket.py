@@ -58,8 +58,8 @@ class Ticket:
     claim: Claim | None = None
     refusal: PromptmuxError | None = None
     """Why it cannot run, found while it waited."""
-    cost_ms: float = 0.0
-    """Of the device, as estimated at admission."""
+    expected_steps: float = 0.0
+    """Decoding steps for which it was charged at admission."""
     steps: int = 0
     """Decoding steps it has taken."""
 
