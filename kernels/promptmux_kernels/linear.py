@@ -37,17 +37,21 @@ class PackedLinear(nn.Module):
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self._packed else weight
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._streamed is not None and len(x) <= STREAMED_ROWS:
-            return cpu.few_rows(x, self._streamed, self._bias)
+        if (streamed := self._streamed_for(x)) is not None:
+            return cpu.few_rows(x, streamed, self._bias)
         if not self._packed:
             return F.linear(x, self._weight, self._bias)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
         return out
 
+    def _streamed_for(self, x: Tensor) -> Tensor | None:
+        """The plain weight, where it is there and x has few enough rows for it."""
+        return self._streamed if len(x) <= STREAMED_ROWS else None
+
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual + (x W^T + b), the sum made while the product is written."""
-        if self._streamed is not None and len(x) <= STREAMED_ROWS:
-            return cpu.few_rows(x, self._streamed, self._bias, residual)
+        if (streamed := self._streamed_for(x)) is not None:
+            return cpu.few_rows(x, streamed, self._bias, residual)
         if not self._packed:
             return residual + F.linear(x, self._weight, self._bias)
         out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._weight, self._bias, "add")

@@ -41,21 +41,20 @@ void dot_block(const float* x, int64_t stride, const float* w, int64_t k, const 
       out[r * n + j] = sum(sums[r][j]) + (bias ? bias[j] : 0.f) + (residual ? residual[r * n + j] : 0.f);
 }
 
+// As `dot_block`, for up to TOGETHER rows.
 template <int64_t NEURONS>
 void dot_rows(int64_t rows, const float* x, int64_t stride, const float* w, int64_t k, const float* bias,
               const float* residual, float* out, int64_t n) {
-  const auto block = [&](auto count, int64_t first) {
-    dot_block<decltype(count)::value, NEURONS>(x + first * stride, stride, w, k, bias,
-                                               residual ? residual + first * n : nullptr, out + first * n, n);
+  const auto block = [&](auto count) {
+    dot_block<decltype(count)::value, NEURONS>(x, stride, w, k, bias, residual, out, n);
   };
-  int64_t r = 0;
-  for (; r + TOGETHER <= rows; r += TOGETHER) block(std::integral_constant<int64_t, TOGETHER>{}, r);
-  switch (rows - r) {
-    case 1: return block(std::integral_constant<int64_t, 1>{}, r);
-    case 2: return block(std::integral_constant<int64_t, 2>{}, r);
-    case 3: return block(std::integral_constant<int64_t, 3>{}, r);
-    case 4: return block(std::integral_constant<int64_t, 4>{}, r);
-    case 5: return block(std::integral_constant<int64_t, 5>{}, r);
+  switch (rows) {
+    case 1: return block(std::integral_constant<int64_t, 1>{});
+    case 2: return block(std::integral_constant<int64_t, 2>{});
+    case 3: return block(std::integral_constant<int64_t, 3>{});
+    case 4: return block(std::integral_constant<int64_t, 4>{});
+    case 5: return block(std::integral_constant<int64_t, 5>{});
+    case TOGETHER: return block(std::integral_constant<int64_t, TOGETHER>{});
   }
 }
 
