@@ -79,7 +79,7 @@ class WideLinear(nn.Module):
 
 
 def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T in float32 with W as it is; only a GPU keeps 16-bit operands' sums from being rounded, and without gradients."""
+    """x W^T in float32 with W as it is; only a GPU can keep sums of 16-bit operands unrounded, without gradients."""
     if x.is_cuda and x.dtype != torch.float32 and not torch.is_grad_enabled():
         return torch.mm(x, weight.T, out_dtype=torch.float32)
     return F.linear(x, weight).float()

@@ -15,6 +15,7 @@
 #include "few_rows.h"
 #include "norms.h"
 #include "prefix_attention.h"
+#include "top_tokens.h"
 #include "wide_product.h"
 
 namespace promptmux {
@@ -154,6 +155,20 @@ Tensor wide_product_op(const Tensor& x, const Tensor& packed, int64_t neurons) {
   return out.slice(0, 0, x.size(0));
 }
 
+Tensor log_normalisers_op(const Tensor& logits) {
+  Tensor out = at::empty({logits.size(0)}, logits.options());
+  log_normalisers(logits, out);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> top_tokens_op(const Tensor& logits, const Tensor& normalisers, const Tensor& before,
+                                         int64_t count) {
+  TORCH_CHECK(count <= logits.numel(), "there are fewer logits than wanted");
+  Tensor scores = at::empty({count}, logits.options()), places = at::empty({count}, logits.options().dtype(at::kLong));
+  top_tokens(logits, normalisers, before, scores, places);
+  return {scores, places};
+}
+
 }  // namespace
 
 TORCH_LIBRARY(promptmux_cpu, library) {
@@ -176,6 +191,8 @@ TORCH_LIBRARY(promptmux_cpu, library) {
   library.def("gelu_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor");
   library.def("pack_weight(Tensor weight) -> Tensor");
   library.def("wide_product(Tensor x, Tensor packed, int neurons) -> Tensor");
+  library.def("log_normalisers(Tensor logits) -> Tensor");
+  library.def("top_tokens(Tensor logits, Tensor normalisers, Tensor before, int count) -> (Tensor, Tensor)");
   library.def("few_rows(Tensor x, Tensor weight, Tensor? bias, Tensor? residual) -> Tensor");
 }
 
@@ -188,6 +205,8 @@ TORCH_LIBRARY_IMPL(promptmux_cpu, CPU, library) {
   library.impl("gelu_norm", gelu_norm_op);
   library.impl("pack_weight", pack_weight_op);
   library.impl("wide_product", wide_product_op);
+  library.impl("log_normalisers", log_normalisers_op);
+  library.impl("top_tokens", top_tokens_op);
   library.impl("few_rows", few_rows_op);
 }
 
