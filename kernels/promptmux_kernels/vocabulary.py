@@ -21,7 +21,7 @@ def log_normalisers(logits: Tensor) -> Tensor:
 
 
 def top_tokens(logits: Tensor, normalisers: Tensor, before: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` best of (logits - normalisers) + before: scores over all rows, best first, and places row * V + token.
+    """The `count` best of (logits - normalisers) + before: scores of all rows, best first, places row * V + token.
 
     `normalisers` and `before` are (R,). Logits of -inf are never preferred to others.
     """

@@ -24,8 +24,9 @@ using Vec = __m512;
 constexpr int64_t WIDTH = 16;
 
 inline Vec splat(float x) { return _mm512_set1_ps(x); }
-// Returns the second operand when one is NaN: pass the value that may be NaN second, to keep it.
+// Return the second operand when one is NaN: pass the value that may be NaN second, to keep it.
 inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 inline float sum(Vec x) { return _mm512_reduce_add_ps(x); }
 inline float highest(Vec x) { return _mm512_reduce_max_ps(x); }
 inline bool any_above(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
@@ -111,8 +112,9 @@ using Vec = __m256;
 constexpr int64_t WIDTH = 8;
 
 inline Vec splat(float x) { return _mm256_set1_ps(x); }
-// Returns the second operand when one is NaN: pass the value that may be NaN second, to keep it.
+// Return the second operand when one is NaN: pass the value that may be NaN second, to keep it.
 inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 inline float sum(Vec x) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
