@@ -1,6 +1,7 @@
 """Prompt files: what they hold, how they are read and written, what refuses them. Needs torch and safetensors only."""
 
-from promptmux_prompts.directory import Refusal, prompt_path, scan_directory
+from promptmux_prompts.canary import Canary
+from promptmux_prompts.directory import Refusal, Seed, read_seeds
 from promptmux_prompts.errors import (
     InvalidPromptFile,
     PromptBackboneMismatch,
@@ -9,10 +10,11 @@ from promptmux_prompts.errors import (
     PromptNonfinite,
     PromptShapeMismatch,
 )
-from promptmux_prompts.format import Prompt, PromptShape, load_prompt, read_prompt, write_prompt
+from promptmux_prompts.format import Prompt, PromptShape, load_manifest, load_prompt, read_prompt, write_prompt
 from promptmux_prompts.manifest import ImageInput, Kind, Manifest
 
 __all__ = [
+    "Canary",
     "ImageInput",
     "InvalidPromptFile",
     "Kind",
@@ -25,9 +27,10 @@ __all__ = [
     "PromptShape",
     "PromptShapeMismatch",
     "Refusal",
+    "Seed",
+    "load_manifest",
     "load_prompt",
-    "prompt_path",
     "read_prompt",
-    "scan_directory",
+    "read_seeds",
     "write_prompt",
 ]
