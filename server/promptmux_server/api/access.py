@@ -13,7 +13,7 @@ from types import MappingProxyType
 from starlette.routing import BaseRoute, Match
 from starlette.types import Scope
 
-from promptmux_server.api.keys import KeyScope, Keys
+from promptmux_server.api.keys import Keys, KeyScope
 from promptmux_server.errors import Forbidden
 
 

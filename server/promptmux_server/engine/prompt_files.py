@@ -11,8 +11,17 @@ from pathlib import Path
 
 import torch
 
-from promptmux_prompts import Manifest, Prompt, PromptShape, Refusal, Seed, load_manifest, load_prompt
-from promptmux_prompts import read_prompt, read_seeds
+from promptmux_prompts import (
+    Manifest,
+    Prompt,
+    PromptShape,
+    Refusal,
+    Seed,
+    load_manifest,
+    load_prompt,
+    read_prompt,
+    read_seeds,
+)
 from promptmux_server.backbone.config import BackboneConfig
 from promptmux_server.engine.prompt_versions import PromptSource
 

@@ -118,9 +118,7 @@ class _FirstLogits:
         return Outcome(())
 
 
-def record_canaries(
-    model: OFA, tokenizer: Tokenizer, prompt: Prompt, inputs: Sequence[Mapping[str, str]]
-) -> Prompt:
+def record_canaries(model: OFA, tokenizer: Tokenizer, prompt: Prompt, inputs: Sequence[Mapping[str, str]]) -> Prompt:
     """The prompt with canaries: inputs of `text`, `premise` and `image`, and what the model writes for them now.
 
     For publishers. Manifest and digest are new: it is another version than the prompt without them.
