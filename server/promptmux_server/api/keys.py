@@ -1,4 +1,4 @@
-"""Bearer keys: whose they are, and which scopes they have. Only digests are kept, and all are compared in constant time.
+"""Bearer keys: whose they are, and which scopes they have. Only digests are kept; all are compared in constant time.
 
 Which route asks for which scope is `access.py`'s; what a weight does is the engine's.
 """

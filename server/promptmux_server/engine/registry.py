@@ -1,4 +1,4 @@
-"""Names to served versions, in memory: what requests see, and the one place where a name begins to mean another version.
+"""Names to served versions, in memory: what requests see, and where a name begins to stand for another version.
 
 A request resolves its name once, at admission, and its lease keeps that version loadable until it ends, whatever the
 name stands for by then. Owns names and who holds a version. What is on disk, and who may change it, is `publisher`'s;
@@ -12,12 +12,15 @@ import threading
 import time
 from bisect import bisect_right
 from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from promptmux_prompts import Prompt, VersionRecord
+from promptmux_server.engine.prompt_table import Pages
 from promptmux_server.engine.prompt_tiers import PromptTiers
 from promptmux_server.engine.prompt_versions import Lease, PromptSource
-from promptmux_server.engine.request import PromptRef, TaskInputs, TaskProblem, TaskStatus
+from promptmux_server.engine.request import PromptRef, RegistryStats, TaskInputs, TaskProblem, TaskStatus
 from promptmux_server.engine.task_specs import TaskSpecs
 from promptmux_server.errors import PinRefused, PromptNotFound, PromptQuarantined, PromptTooLarge
 from promptmux_server.tasks import TaskSpec
@@ -61,76 +64,110 @@ class Registry:
         self._refused: dict[str, TaskProblem] = {}
         self._usage: dict[str, _Usage] = {}
         self._holders: Counter[str] = Counter()
-        """Names and reservations by digest: two names may stand for the same content."""
+        """How many names stand for a digest: two may stand for the same content."""
+        self._coming: list[Pages] = []
+        """Of versions that are about to be adopted."""
+        self._pinned: set[str] = set()
+        """Names that are to stay on the device."""
         self._order: list[str] | None = None
         """All names, sorted; None after a change."""
         self._lock = threading.Lock()
 
     # -- changes ----------------------------------------------------------------------------------------------------
 
-    def reserve(self, source: PromptSource, prompt: Prompt | None = None) -> None:
-        """Hold a version that no name stands for yet; raises PromptTooLarge. To be followed by `unreserve`, once."""
+    @contextmanager
+    def coming(self, encoder_length: int, decoder_length: int) -> Iterator[None]:
+        """While a version of these lengths is on its way, nothing is pinned that would leave it no room.
+
+        Raises PromptTooLarge if there is none already.
+        """
+        pages = Pages.of(encoder_length, decoder_length)
         with self._lock:
-            if self._tiers.too_large(source.encoder_length, source.decoder_length):
+            if self._tiers.too_large(encoder_length, decoder_length):
                 raise PromptTooLarge(
                     "The prompt needs more room than the device's prompt pool has beside what is pinned there; "
                     "see PROMPTMUX_PROMPT_DEVICE_BYTES."
                 )
-            self._holders[source.digest] += 1
-        self._tiers.register(source, prompt)
+            self._coming.append(pages)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._coming.remove(pages)
 
-    def unreserve(self, digest: str) -> None:
+    def adopt(self, listed: Listed) -> bool:
+        """Let a name stand for a version from now on; True if that changes anything."""
         with self._lock:
-            self._release(digest)
+            return self._adopt(listed)
 
-    def adopt(self, listed: Listed, instead_of: Listed | None = None, *, whatever: bool = False) -> bool:
-        """Let a name stand for a version from now on; True if that changes anything.
-
-        Nothing happens if the name stands for something else than `instead_of` by now, unless told `whatever`.
-        """
-        name = listed.record.name
+    def follow(self, name: str, before: Listed | None, after: Listed | None) -> None:
+        """Adopt or forget what another process has changed, unless the name has been changed here since `before`."""
         with self._lock:
-            before = self._listed.get(name)
-            if before is not instead_of and not whatever:
-                return False
-            self._refused.pop(name, None)
-            if before is None:
-                self._order = None
-            same = before is not None and _is_same(before.record, listed.record)
-            self._listed[name] = listed
-            self._usage.setdefault(name, _Usage())
-            if before is None or before.source.digest != listed.source.digest:
-                self._holders[listed.source.digest] += 1
-                self._tiers.register(listed.source)
-                if before is not None:
-                    self._release(before.source.digest)
-            self._follow_pin(listed)
-            return not same
+            if self._listed.get(name) is not before:
+                return
+            if after is not None:
+                self._adopt(after)
+            elif before is not None:
+                self._forget(name)
 
-    def forget(self, name: str, problem: TaskProblem | None = None) -> None:
-        """A name stands for nothing any more; with a problem, it is known and refused because of that."""
+    def forget(self, name: str) -> None:
+        """Let a name stand for nothing."""
         with self._lock:
+            self._forget(name)
+
+    def lose(self, name: str) -> None:
+        """The file of what a name stands for has turned bad: it is served while there is a copy."""
+        with self._lock:
+            if name in self._listed:
+                self._tiers.lose(self._listed[name].source.digest)
+
+    def refuse(self, problems: Mapping[str, TaskProblem]) -> None:
+        """These names, and no others, are known and not served, as far as none stands for a version."""
+        with self._lock:
+            self._refused = {name: problem for name, problem in problems.items() if name not in self._listed}
             self._order = None
-            before = self._listed.pop(name, None)
+
+    def _adopt(self, listed: Listed) -> bool:
+        name, digest = listed.record.name, listed.source.digest
+        before = self._listed.get(name)
+        self._listed[name] = listed
+        if before is None:
+            self._order = None
+            self._refused.pop(name, None)
+            self._usage[name] = _Usage()
+        if before is None or before.source.digest != digest:
+            self._tiers.register(listed.source)
+            self._holders[digest] += 1
             if before is not None:
                 self._release(before.source.digest)
-            self._refused.pop(name, None)
-            if problem is not None:
-                self._refused[name] = problem
-            else:
-                self._usage.pop(name, None)
+        self._follow_pin(listed)
+        return before is None or before.record.version != listed.record.version
+
+    def _forget(self, name: str) -> None:
+        before = self._listed.pop(name, None)
+        if before is not None:
+            self._pinned.discard(name)
+            self._order = None
+            del self._usage[name]
+            self._release(before.source.digest)
+        elif self._refused.pop(name, None) is not None:
+            self._order = None
 
     def set_pinned(self, name: str, pinned: bool) -> None:
-        """Pin or unpin the version of the moment and those after it; raises what `listed` does, and PinRefused."""
+        """Pin or unpin the version of the moment and those after it; raises as `listed` does, and PinRefused."""
         with self._lock:
             listed = self._find(name)
             if pinned:
-                self._tiers.pin(listed.source.digest)
-            self._listed[name] = replace(listed, pinned=pinned)
-            if not pinned:
+                self._tiers.pin(listed.source.digest, self._coming)
+                self._pinned.add(name)
+            else:
+                self._pinned.discard(name)
                 self._unpin(listed.source.digest)
+            self._listed[name] = replace(listed, pinned=pinned)
 
     def _release(self, digest: str) -> None:
+        """A name stands for this version no more."""
+        self._unpin(digest)
         self._holders[digest] -= 1
         if not self._holders[digest]:
             del self._holders[digest]
@@ -139,15 +176,19 @@ class Registry:
     def _follow_pin(self, listed: Listed) -> None:
         """A pin is the name's: a new version takes it over, unless it is too large for that."""
         if not listed.pinned:
+            self._pinned.discard(listed.record.name)
             self._unpin(listed.source.digest)
             return
         try:
-            self._tiers.pin(listed.source.digest)
+            self._tiers.pin(listed.source.digest, self._coming)
+            self._pinned.add(listed.record.name)
         except PinRefused:
+            self._pinned.discard(listed.record.name)
             log.warning("prompt %s is too large to be pinned beside the others", listed.record.name)
 
     def _unpin(self, digest: str) -> None:
-        if not any(other.pinned for other in self._listed.values() if other.source.digest == digest):
+        """Let a version go, unless another pinned name stands for it too."""
+        if all(self._listed[name].source.digest != digest for name in self._pinned):
             self._tiers.unpin(digest)
 
     # -- requests ---------------------------------------------------------------------------------------------------
@@ -196,22 +237,30 @@ class Registry:
         listed = self._listed.get(name)
         return None if listed is None else listed.inputs
 
+    def offer(self, prompt: Prompt) -> None:
+        """Spare the first request for a new version a turn to the disk, if there is room in host memory."""
+        self._tiers.offer(prompt)
+
     def digests(self) -> dict[str, str]:
         """What every served name stands for."""
         with self._lock:
             return {name: listed.source.digest for name, listed in self._listed.items()}
 
-    def refused(self) -> dict[str, TaskProblem]:
-        with self._lock:
-            return dict(self._refused)
+    def stats(self) -> RegistryStats:
+        return RegistryStats(names=len(self._listed), quarantined=len(self._refused))
 
-    def names(self, after: str, limit: int) -> list[str]:
+    def names(self, after: str = "", limit: int | None = None) -> list[str]:
         """Served and refused ones behind `after`, sorted, at most `limit`."""
         with self._lock:
             if self._order is None:
                 self._order = sorted({*self._listed, *self._refused})
             start = bisect_right(self._order, after)
-            return self._order[start : start + limit]
+            return self._order[start:] if limit is None else self._order[start : start + limit]
+
+    def statuses(self, after: str = "", limit: int | None = None) -> list[TaskStatus]:
+        """Of those names; may read the versions' files."""
+        found = (self.status(name) for name in self.names(after, limit))
+        return [status for status in found if status is not None]
 
     def status(self, name: str) -> TaskStatus | None:
         """One task, served or refused; None for a name that is neither. May read the version's file."""
@@ -245,7 +294,3 @@ class Registry:
         except PromptQuarantined:
             return status
         return replace(status, metric=manifest.metric, provenance=manifest.provenance)
-
-
-def _is_same(one: VersionRecord, other: VersionRecord) -> bool:
-    return (one.version, one.sha256) == (other.version, other.sha256)

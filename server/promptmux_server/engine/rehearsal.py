@@ -142,6 +142,6 @@ def _finished(run: Generator[None, None, tuple[int, ...]]) -> tuple[int, ...]:
 
 def _differs(index: int, expected: tuple[int, ...], got: tuple[int, ...]) -> CanaryFailed:
     return CanaryFailed(
-        f"Canary {index} is answered otherwise than its publisher saw: another backbone, sides swapped, or other values.",
+        f"Canary {index} is answered otherwise than its publisher saw; `details` holds both token lists.",
         details={"index": index, "expected": list(expected[:SHOWN_TOKENS]), "got": list(got[:SHOWN_TOKENS])},
     )
