@@ -40,7 +40,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     def make(*prompts: object, **options: int) -> Engine:
         tiny.write(tmp_path, *(prompts or (tiny.prompt("a"), tiny.prompt("b", seed=2, encoder_length=40))))  # type: ignore[arg-type]
-        engine = Engine(tiny.model(), tiny.tokenizer(), tiny.backbone().fingerprint, tmp_path, EngineOptions(**options))  # type: ignore[arg-type]
+        engine = tiny.engine(tmp_path, EngineOptions(**options))  # type: ignore[arg-type]
         engine.start()
         engines.append(engine)
         for status in engine.tasks():

@@ -33,13 +33,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     def make(*prompts: Prompt, places: int, **options: int) -> Engine:
         tiny.write(tmp_path, *prompts)
         budget = pool_bytes(tiny.config(), torch.float32, places)
-        engine = Engine(
-            tiny.model(),
-            tiny.tokenizer(),
-            tiny.backbone().fingerprint,
-            tmp_path,
-            EngineOptions(prompt_device_bytes=budget, **options),  # type: ignore[arg-type]
-        )
+        engine = tiny.engine(tmp_path, EngineOptions(prompt_device_bytes=budget, **options))  # type: ignore[arg-type]
         engine.start()
         engines.append(engine)
         return engine

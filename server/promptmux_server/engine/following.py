@@ -88,9 +88,9 @@ class Follower:
             return
         try:
             head = self._shelf.store.head(entry.name)
-            taken = head is not None and head.seed == entry.prompt.digest
-            if taken and (head.deleted or self._registry.get(entry.name) is not None):
-                return
+            if head is not None and head.seed == entry.prompt.digest:
+                if head.deleted or self._registry.get(entry.name) is not None:
+                    return
             with self._shelf.store.upload() as upload:
                 upload.write(entry.data)
                 self._take_up(entry.name, upload, entry.prompt)

@@ -97,12 +97,13 @@ class Publisher:
             nonlocal changed
             changed = self._registry.adopt(self._shelf.listed(record, spec, self._is_pinned(name)))
 
-        with self._registry.coming(prompt.manifest.encoder_length, prompt.manifest.decoder_length):
+        said = prompt.manifest
+        with self._registry.coming(said.encoder_length, said.decoder_length):
             record = self._store.publish(
                 name, upload, prompt, author=author, expected=expected, seed=seed, on_head=swap
             )
         self._registry.offer(prompt)
-        return Change(self._shown(record, prompt.manifest), changed)
+        return Change(self._shown(record, said), changed)
 
     def rollback(self, name: str, *, to: int | None, author: str, expected: Expected) -> Change:
         for _ in range(ATTEMPTS):
