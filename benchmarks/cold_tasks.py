@@ -36,7 +36,7 @@ def room(made: Bench, prompts: int) -> int:
 
 def make_resident(engine: Engine, tasks: int) -> None:
     for task in range(tasks):
-        engine.pin(f"t{task}")
+        engine.prompts.set_pinned(f"t{task}", True, author="local")
     while engine.load().prompts.resident < tasks:
         time.sleep(0.05)
 

@@ -88,9 +88,8 @@ class Follower:
             return
         try:
             head = self._shelf.store.head(entry.name)
-            if head is not None and head.seed == entry.prompt.digest:
-                if head.deleted or self._registry.get(entry.name) is not None:
-                    return
+            if head is not None and self._is_taken(entry, head):
+                return
             with self._shelf.store.upload() as upload:
                 upload.write(entry.data)
                 self._take_up(entry.name, upload, entry.prompt)
@@ -98,6 +97,10 @@ class Follower:
             problems[entry.name] = TaskProblem(error.code, str(error))
         else:
             problems.pop(entry.name, None)
+
+    def _is_taken(self, seed: Seed, head: Head) -> bool:
+        """Whether a seed was taken up before, and its name has since been served or deleted."""
+        return head.seed == seed.prompt.digest and (head.deleted or self._registry.get(seed.name) is not None)
 
 
 def _is_whole(listed: Listed) -> bool:
