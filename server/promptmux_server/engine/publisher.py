@@ -108,11 +108,12 @@ class Publisher:
     def rollback(self, name: str, *, to: int | None, author: str, expected: Expected) -> Change:
         for _ in range(ATTEMPTS):
             head = self._store.head(name)
-            standing = None if head is None or head.deleted else head.version
-            target = self._store.record(name, to) if to is not None else self._newest_good(name, below=standing)
+            if head is None or head.deleted:
+                raise NameNotFound("No prompt has this name; list the prompts to see those that exist.")
+            target = self._store.record(name, to) if to is not None else self._newest_good(name, below=head.version)
             try:
                 # Where the caller expects nothing, what was looked at must still be so when the name moves.
-                return self._roll_back(target, author, standing if expected is None else expected)
+                return self._roll_back(target, author, head.version if expected is None else expected)
             except VersionMismatch:
                 if expected is not None:
                     raise
@@ -144,10 +145,10 @@ class Publisher:
         self.rolled_back += 1
         return PromptRef(target.name, target.version, target.sha256)
 
-    def _newest_good(self, name: str, below: int | None) -> VersionRecord:
+    def _newest_good(self, name: str, below: int) -> VersionRecord:
         """The newest kept version below another that can be served and was not flagged."""
         for record in reversed(self._store.versions(name)):
-            if below is None or record.version >= below or (name, record.version) in self._flagged:
+            if record.version >= below or (name, record.version) in self._flagged:
                 continue
             try:
                 self._shelf.read(record, pinned=False)
