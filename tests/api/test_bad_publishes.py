@@ -6,23 +6,20 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import httpx2
 import pytest
 import torch
 from prometheus_client import generate_latest
 
 from api.live_server import until
 from api.registry_server import OPTIONS, Served, code, put, serving, small
-from promptmux_prompts import Canary, Prompt, write_prompt
+from api.steady import RATE_HZ, Steady
+from promptmux_prompts import Canary, Prompt, Store, write_prompt
 from promptmux_prompts.faults import arm, disarm
 from promptmux_server.engine.keeper import Keeper
 from promptmux_server.engine.options import EngineOptions
 from promptmux_server.engine.prompt_table import PromptPools
 from promptmux_server.engine.request import PromptRef
-
-RATE_HZ = 20.0
 
 
 @pytest.fixture(autouse=True)
@@ -31,54 +28,16 @@ def unarmed() -> Iterator[None]:
     disarm()
 
 
-class Steady:
-    """A caller who asks one task at a steady rate, and a prober of /livez, on threads of their own."""
-
-    def __init__(self, served: Served, task: str) -> None:
-        self._served, self._task = served, task
-        self.answers: list[dict[str, Any]] = []
-        self.wrong: list[str] = []
-        self.probes_s: list[float] = []
-        self._over = threading.Event()
-        self._threads = [threading.Thread(target=work) for work in (self._ask, self._probe)]
-
-    def __enter__(self) -> Steady:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        for thread in self._threads:
-            thread.join(60)
-
-    def _ask(self) -> None:
-        with httpx2.Client(base_url=f"http://127.0.0.1:{self._served.port}", timeout=60.0) as client:
-            while not self._over.wait(1 / RATE_HZ):
-                response = client.post("/v1/predict", json={"task": self._task, "text": "the dog"})
-                if response.status_code == 200:
-                    self.answers.append(response.json()["answers"][0])
-                else:
-                    self.wrong.append(response.text)
-
-    def _probe(self) -> None:
-        with httpx2.Client(base_url=f"http://127.0.0.1:{self._served.port}", timeout=60.0) as client:
-            while not self._over.wait(0.01):
-                started = time.monotonic()
-                if client.get("/livez").status_code != 200:
-                    self.wrong.append("not live")
-                self.probes_s.append(time.monotonic() - started)
-
-
 def malformed(number: int) -> bytes:
     good = write_prompt(small("a", 1))
-    return [
+    kinds = [
         good[: 10 + number],
         good + b"x" * number,
         b"",
         b"PK\x03\x04" + bytes(number),
         good.replace(b"F32", b"F64"),
-    ][number % 5]
+    ]
+    return kinds[number % len(kinds)]
 
 
 def failing(number: int) -> Prompt:
@@ -151,13 +110,19 @@ def test_a_failing_disk_leaves_the_old_version_and_the_next_publication_works(
 # -- at the start ---------------------------------------------------------------------------------------------------
 
 
+def stored(store: Store, name: str, prompt: Prompt) -> None:
+    with store.upload() as upload:
+        upload.write(write_prompt(prompt))
+        store.publish(name, upload, prompt, author="local")
+
+
 def damaged(tmp_path: Path, versions: int) -> str:
     """A registry of 50 names, the file of one of them damaged; its name."""
-    with serving(tmp_path) as served:
-        for number in range(50):
-            for version in range(versions if number == 7 else 1):
-                assert served.put(f"t{number}", small("any", 100 * version + number)).status_code == 201
-        path = served.engine._registry.listed("t7").source.path
+    store = Store.open(tmp_path / "registry")
+    for number in range(50):
+        for version in range(versions if number == 7 else 1):
+            stored(store, f"t{number}", small("any", 100 * version + number))
+    path = store.blob_path(store.record("t7", versions))
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
