@@ -77,7 +77,7 @@ class Publishers:
 
 def collect(served: Served, over: threading.Event) -> None:
     while not over.wait(0.05):
-        served.engine.prompts._store.collect(older_than_s=0)
+        served.engine.prompts._store.collect(older_than_s=0.5)
 
 
 def publish_together(served: Served, threads: int, each: int) -> Publishers:
@@ -112,7 +112,7 @@ def check(served: Served, publishers: Publishers) -> None:
 
 def test_publishers_with_conditions_lose_nothing_to_one_another(tmp_path: Path) -> None:
     with serving(tmp_path) as served:
-        check(served, publish_together(served, threads=32, each=8))
+        check(served, publish_together(served, threads=32, each=6))
 
 
 @pytest.mark.soak
