@@ -6,6 +6,8 @@ PromptFileError               invalid_prompt_file
 ├── PromptNonfinite           prompt_nonfinite           NaN, Inf or absurd values after the cast to the serving type
 ├── PromptDigestMismatch      prompt_digest_mismatch     not the content that was announced
 └── PromptBackboneMismatch    prompt_backbone_mismatch   trained for another backbone
+
+ImportRefused                 import_refused             another program's file that cannot become a prompt file
 """
 
 from __future__ import annotations
@@ -45,3 +47,12 @@ class PromptBackboneMismatch(PromptFileError):
     """The prompt was trained for another backbone."""
 
     code = "prompt_backbone_mismatch"
+
+
+class ImportRefused(Exception):
+    """Another program's file that holds no deep prompts, or none that can be had; the message says what to do.
+
+    No member of the tree above: servers read prompt files only.
+    """
+
+    code: ClassVar[str] = "import_refused"
