@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import typer
 
 from promptmux_prompts import Prompt, Refusal
 from promptmux_prompts.describe import Description, SideDescription, describe
@@ -72,8 +74,10 @@ def show(inspection: Inspection) -> None:
     """For people."""
     description = inspection.description
     print_table(("", description.manifest.name), [*_manifest_rows(description), *_file_rows(inspection)])
+    typer.echo()
     print_table(("layer", "encoder key", "value", "decoder key", "value"), _norm_rows(description))
     if inspection.nearest is not None:
+        typer.echo()
         _show_nearest(inspection.nearest, inspection.unreadable)
 
 
@@ -85,10 +89,7 @@ def _manifest_rows(description: Description) -> list[tuple[str, str]]:
         ("kind", manifest.kind),
         ("instruction", repr(manifest.instruction)),
         ("image", f"{image.size} px, mean {image.mean:g}, std {image.std:g}" if image else ""),
-        (
-            "answers",
-            f"{len(answers)}: {', '.join(answers[:6])}{', ...' if len(answers) > 6 else ''}" if answers else "",
-        ),
+        ("answers", f"{len(answers)}: {_first(answers, 6)}" if answers else ""),
         ("decoder input", manifest.decoder_input),
         ("decoding", _pairs(manifest.decoding)),
         ("metric", _pairs(metric or {})),
@@ -133,10 +134,15 @@ def _show_nearest(found: Nearest, unreadable: list[str]) -> None:
     rows = [(n.name, f"{n.cosine:.4f}", n.sha256[:12]) for n in found.neighbours]
     print_table((f"nearest of {found.compared}", "cosine", "sha256"), rows)
     if found.incomparable:
-        print_table((f"not compared: {found.incomparable} of another backbone, or without a side in common",), [])
+        typer.echo(f" not compared: {found.incomparable} of another backbone, or without a side in common")
     if unreadable:
-        print_table((f"not readable: {', '.join(unreadable[:9])}{', ...' if len(unreadable) > 9 else ''}",), [])
+        typer.echo(f" not readable: {_first(unreadable, 9)}")
 
 
-def _pairs(values: Any) -> str:
-    return ", ".join(f"{key} {value}" for key, value in values.items())
+def _first(texts: Sequence[str], count: int) -> str:
+    return ", ".join(texts[:count]) + (", ..." if len(texts) > count else "")
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    texts = ((key, _pairs(value) if isinstance(value, Mapping) else str(value)) for key, value in values.items())
+    return ", ".join(f"{key} {text}" for key, text in texts)

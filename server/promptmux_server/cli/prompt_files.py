@@ -83,7 +83,7 @@ def import_(
     except (ImportRefused, PromptFileError) as error:
         fail(str(error))
     except FileExistsError:
-        fail(f"{path} exists and is left alone; choose another --name or --out")
+        fail("a file of that name exists and is left alone; choose another --name or --out")
     except OSError as error:
         fail(f"cannot read the source or write the file: {error.strerror}")
     report = describe_import(imported, path)
