@@ -80,7 +80,7 @@ def import_peft(
     origin = {
         "format": "peft",
         "layout": "seq2seq" if seq2seq else "causal",
-        "peft_version": _text(config, "peft_version"),
+        "peft_version": (_text(config, "peft_version") or "")[:64] or None,
         "base_model": _base_name(config),
         "prefix_projection": config.get("prefix_projection") is True,
     }
@@ -163,10 +163,10 @@ def _read_table(directory: Path, shape: PromptShape) -> Tensor:
 
 def _base_name(config: dict[str, Any]) -> str | None:
     """What a hub id or a directory ends in."""
-    base = _text(config, "base_model_name_or_path")
-    return base.replace("\\", "/").rstrip("/").rpartition("/")[2][:64] or None if base else None
+    base = (_text(config, "base_model_name_or_path") or "").replace("\\", "/").rstrip("/")
+    return base.rpartition("/")[2][:64] or None
 
 
 def _text(config: dict[str, Any], name: str) -> str | None:
     value = config.get(name)
-    return value[:4096] if isinstance(value, str) else None
+    return value if isinstance(value, str) else None

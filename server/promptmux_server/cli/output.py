@@ -23,11 +23,16 @@ def print_json(value: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Cells are shown as they are: what a file or a server says can neither style a table nor steer a terminal."""
     table = Table(*columns, box=None, header_style="bold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(_printable, row))
     # A file or a pipe has no width of its own, and the 80 columns taken in its place would break every line.
-    Console(width=None if sys.stdout.isatty() else WIDE).print(table)
+    Console(width=None if sys.stdout.isatty() else WIDE, markup=False, emoji=False).print(table)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def fail(message: str) -> NoReturn:
