@@ -150,13 +150,20 @@ def not_understood(response: httpx2.Response) -> ServerError:
 
 def connection_failed(call: Call, base_url: httpx2.URL, error: httpx2.TransportError) -> ConnectionFailed:
     """The error of a call that may be sent again; raises that of one that may not, unless it never left."""
-    if call.repeatable or isinstance(error, httpx2.ConnectError):
-        failure = ConnectionFailed(f"Cannot reach {base_url}: {error}")
-        failure.__cause__ = error
-        return failure
-    raise ConnectionFailed(
-        f"The connection to {base_url} broke before the answer came; look whether the change was made: {error}"
-    ) from error
+    reason = str(error) or type(error).__name__
+    if isinstance(error, httpx2.ConnectError):
+        told = f"Cannot reach {base_url}: {reason}"
+    elif not call.repeatable:
+        told = f"The connection to {base_url} broke before the answer came; look whether the change was made: {reason}"
+        raise ConnectionFailed(told) from error
+    elif call.upload is not None:
+        # Who refuses a long body closes; what was said before is lost if the break is seen first.
+        told = f"The connection to {base_url} broke; perhaps the key or the file's size was refused: {reason}"
+    else:
+        told = f"The connection to {base_url} broke: {reason}"
+    failure = ConnectionFailed(told)
+    failure.__cause__ = error
+    return failure
 
 
 def raise_for(response: httpx2.Response) -> NoReturn:

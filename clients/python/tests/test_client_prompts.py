@@ -271,6 +271,12 @@ def test_an_answer_about_prompts_that_is_not_understood_is_an_error(asking: Ask,
         asking(Script(ok(body)), name, *(() if name == "list" else ("vqa",)))
 
 
+@both
+def test_a_connection_that_breaks_under_a_file_is_explained(asking: Ask) -> None:
+    with pytest.raises(ConnectionFailed, match=r"key or the file's size .*: WriteError"):
+        asking(Script(*[httpx2.WriteError("")] * 3), "push", "vqa", FILE)
+
+
 def test_both_clients_have_the_same_methods() -> None:
     def methods(kind: type) -> dict[str, list[str]]:
         public = {name: method for name, method in vars(kind).items() if not name.startswith("_")}
