@@ -21,7 +21,11 @@ def load_unfitted(path: Path) -> Prompt:
     """Read a prompt file whole and check it; raises OSError and what `read_prompt` raises."""
     if path.stat().st_size > MAX_FILE_BYTES:
         raise InvalidPromptFile(f"a prompt file has at most {MAX_FILE_BYTES} bytes")
-    data = path.read_bytes()
+    return read_unfitted(path.read_bytes())
+
+
+def read_unfitted(data: bytes) -> Prompt:
+    """Check and parse a prompt file; raises what `read_prompt` raises."""
     header = read_header(data)
     return read_prompt(data, shape=_shape(header), fingerprint=None, dtype=DTYPES[header.dtype])
 

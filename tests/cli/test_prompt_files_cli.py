@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, get_args
@@ -12,7 +13,8 @@ from safetensors.torch import load_file, save, save_file
 from typer.testing import CliRunner, Result
 
 import tiny
-from promptmux_prompts import Kind, load_prompt
+from cli.scripted_server import scripted_server
+from promptmux_prompts import Kind, load_prompt, write_prompt
 from promptmux_prompts.unfitted import load_unfitted
 from promptmux_server.backbone.weights import LoadedBackbone, convert, load_backbone
 from promptmux_server.cli import app, prompt_files
@@ -201,6 +203,49 @@ def test_inspect_shows_manifest_shapes_norms_and_the_nearest() -> None:
         "scene-grounding",
     }
     assert "nearest" not in report("inspect", file)
+
+
+VERSION = {
+    "name": "vqa", "version": 7, "sha256": "ab" * 32, "file_sha256": "cd" * 32, "bytes": 9, "encoder_length": 4,
+    "decoder_length": 3, "created": "2026-01-02T03:04:05Z", "author": "somebody",
+}  # fmt: skip
+
+
+def test_an_import_may_be_pushed_and_then_leaves_no_file_unless_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = peft_directory(tmp_path / "prefix")
+    with scripted_server() as server:
+        server.answers["PUT /v1/prompts/prefix"] = (201, VERSION | {"name": "prefix"})
+        options = ("import", source, "--backbone", "pocket", "--push", "--url", server.address)
+        made = report(*options)
+        assert (made["pushed"], "file" in made) == ("prefix@7", False)
+        assert list(tmp_path.iterdir()) == [source]
+        assert report(*options, "--out", tmp_path)["file"] == str(tmp_path / "prefix.safetensors")
+        sent = [body for _, body, _ in server.asked]
+        assert sent == [(tmp_path / "prefix.safetensors").read_bytes()] * 2
+        server.refuse("PUT /v1/prompts/prefix", 422, "prompt_shape_mismatch")
+        assert "No." in refused(*options)
+
+
+def test_inspect_compares_with_the_prompts_of_a_server(tmp_path: Path) -> None:
+    (file,) = tiny.write(tmp_path, tiny.prompt("own")).iterdir()
+    like = write_prompt(tiny.prompt("like", decoder_length=2))
+    with scripted_server() as server:
+        served = [VERSION | {"name": name} for name in ("bad", "gone", "like")]
+        server.answers["GET /v1/prompts?limit=500"] = (200, {"prompts": served, "next": None})
+        for name, data in (("bad", b"no prompt"), ("like", like)):
+            headers = {"X-Content-SHA256": hashlib.sha256(data).hexdigest()}
+            server.answers[f"GET /v1/prompts/{name}/versions/7/file"] = (200, (data, headers))
+        found = report("inspect", file, "--against", server.address)
+    assert [neighbour["name"] for neighbour in found["nearest"]] == ["like"]
+    assert (found["compared"], found["unreadable"]) == (1, ["bad"])
+
+
+def test_a_place_to_compare_with_that_is_neither_directory_nor_server_is_explained() -> None:
+    said = refused("inspect", LIBRARY / "scene-vqa.safetensors", "--against", "/nowhere")
+    assert "a directory of prompt files, or a server's address" in said
 
 
 def test_inspect_says_what_it_did_not_compare(tmp_path: Path) -> None:

@@ -64,11 +64,10 @@ def import_prompt(
     return Imported(prompt, data, notes)
 
 
-def describe_import(imported: Imported, path: Path) -> dict[str, Any]:
-    """What was written, where, and what it was made of."""
+def describe_import(imported: Imported) -> dict[str, Any]:
+    """What came of it, and what it was made of."""
     manifest = imported.prompt.manifest
     return {
-        "file": str(path),
         "name": manifest.name,
         "kind": manifest.kind,
         "backbone": manifest.backbone_name,

@@ -8,17 +8,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from promptmux_prompts import Prompt, Refusal
+from promptmux_prompts import Prompt, PromptFileError, Refusal
 from promptmux_prompts.describe import Description, SideDescription, describe
 from promptmux_prompts.similarity import Nearest, nearest
-from promptmux_prompts.unfitted import load_unfitted
-from promptmux_server.cli.output import print_table
+from promptmux_prompts.unfitted import load_unfitted, read_unfitted, scan_unfitted
+from promptmux_server.cli.output import counted, fail, print_table
+from promptmux_server.cli.prompt_refusals import connected
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,29 @@ def inspect_file(path: Path, others: Iterable[Prompt | Refusal] | None) -> Inspe
     unreadable: list[str] = []
     found = None if others is None else nearest(prompt, _readable(others, unreadable))
     return Inspection(describe(prompt), len(data), hashlib.sha256(data).hexdigest(), found, unreadable)
+
+
+def others_at(place: str) -> Iterable[Prompt | Refusal]:
+    """The prompts of a directory, or of a server, one at a time; a terminal shows how many have come."""
+    if place.startswith(("http://", "https://")):
+        return counted(_served_at(place), "comparing")
+    if not Path(place).is_dir():
+        fail("--against takes a directory of prompt files, or a server's address, such as http://127.0.0.1:8000")
+    return counted(scan_unfitted(Path(place)), "comparing")
+
+
+def _served_at(url: str) -> Iterator[Prompt | Refusal]:
+    """Names that are deleted meanwhile are passed over."""
+    from promptmux import NotFound
+
+    with connected(url) as client:
+        for version in client.prompts.list():
+            with suppress(NotFound):
+                data = client.prompts.pull(version.name, version.version)
+                try:
+                    yield read_unfitted(data)
+                except PromptFileError as error:
+                    yield Refusal(version.name, error.code, str(error))
 
 
 def _readable(entries: Iterable[Prompt | Refusal], unreadable: list[str]) -> Iterator[Prompt]:

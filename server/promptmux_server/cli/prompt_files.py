@@ -1,13 +1,16 @@
-"""`promptmux prompts import` and `inspect`: what can be done with prompt files without a server."""
+"""`promptmux prompts import` and `inspect`: what can be done with prompt files before a server has them."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from promptmux_server.cli.output import JsonOption, fail, print_json, print_table
+from promptmux_server.cli.output import DEFAULT_URL, JsonOption, UrlOption, fail, print_json, print_table, transfer_bar
+
+if TYPE_CHECKING:
+    from promptmux_server.cli.importing import Imported
 
 Kind = Literal["caption", "answer", "label", "box", "text"]
 
@@ -28,7 +31,10 @@ def import_(
         Path,
         typer.Argument(help="A prompt-tuned fairseq checkpoint (.pt), or a directory that PEFT saved.", exists=True),
     ],
-    out: Annotated[Path, typer.Option(help="Directory that gets NAME.safetensors.", file_okay=False)] = Path("."),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory that gets NAME.safetensors; default: this one, unless pushed.", file_okay=False),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Of the task; default: the source's name.")] = None,
     kind: Annotated[Kind | None, typer.Option(help="What the task answers; default: text.")] = None,
     instruction: Annotated[
@@ -55,6 +61,8 @@ def import_(
     same_backbone: Annotated[
         bool, typer.Option("--same-backbone", help="A PEFT adapter's base model is the backbone, whatever its name.")
     ] = False,
+    push: Annotated[bool, typer.Option("--push", help="Publish it into a running server.")] = False,
+    url: UrlOption = DEFAULT_URL,
     as_json: JsonOption = False,
 ) -> None:
     """Make a prompt file of another program's prompt: OFA's trainer (tables and generators), or PEFT (PREFIX_TUNING).
@@ -74,23 +82,43 @@ def import_(
     place = None if backbone is None else WEIGHTS if backbone == "pocket" else Path(backbone)
     try:
         imported = import_prompt(source, task, backbone=place, side=side, same_backbone=same_backbone)
-        path = out / f"{imported.prompt.manifest.name}.safetensors"
-        out.mkdir(parents=True, exist_ok=True)
-        with path.open("xb") as file:
-            file.write(imported.data)
     except PromptmuxError as error:
         fail(error.message)
     except (ImportRefused, PromptFileError) as error:
         fail(str(error))
-    except FileExistsError:
-        fail("a file of that name exists and is left alone; choose another --name or --out")
     except OSError as error:
-        fail(f"cannot read the source or write the file: {error.strerror}")
-    report = describe_import(imported, path)
+        fail(f"the source cannot be read: {error.strerror}")
+    report = describe_import(imported)
+    if out is not None or not push:
+        report["file"] = str(_write(imported, out or Path(".")))
+    if push:
+        report["pushed"] = _push(imported, url)
     if as_json:
         print_json(report)
     else:
         print_table(("", "imported"), [(key, _cell(value)) for key, value in report.items() if value])
+
+
+def _write(imported: Imported, out: Path) -> Path:
+    path = out / f"{imported.prompt.manifest.name}.safetensors"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with path.open("xb") as file:
+            file.write(imported.data)
+    except FileExistsError:
+        fail("a file of that name exists and is left alone; choose another --name or --out")
+    except OSError as error:
+        fail(f"the file cannot be written: {error.strerror}")
+    return path
+
+
+def _push(imported: Imported, url: str) -> str:
+    """Publish it; the version that it became."""
+    from promptmux_server.cli.prompt_refusals import connected
+
+    name = imported.prompt.manifest.name
+    with connected(url, name) as client, transfer_bar(f"{name}: sending") as progress:
+        return str(client.prompts.push(name, imported.data, progress=progress))
 
 
 def _cell(value: object) -> str:
@@ -117,8 +145,8 @@ def _further_keys(manifest: Path | None) -> dict[str, Any]:
 def inspect(
     file: Annotated[Path, typer.Argument(help="A prompt file.", exists=True, dir_okay=False)],
     against: Annotated[
-        Path | None,
-        typer.Option(help="A directory of prompt files: show the three most alike.", exists=True, file_okay=False),
+        str | None,
+        typer.Option(help="A directory of prompt files, or a server's address: show the three most alike."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -128,11 +156,10 @@ def inspect(
     and values averaged over positions; prompts of other backbones are not compared.
     """
     from promptmux_prompts import PromptFileError
-    from promptmux_prompts.unfitted import scan_unfitted
-    from promptmux_server.cli.inspecting import as_document, inspect_file, show
+    from promptmux_server.cli.inspecting import as_document, inspect_file, others_at, show
 
     try:
-        inspection = inspect_file(file, None if against is None else scan_unfitted(against))
+        inspection = inspect_file(file, None if against is None else others_at(against))
     except PromptFileError as error:
         fail(f"{error} ({error.code})")
     except OSError as error:
