@@ -2,7 +2,6 @@
 
 from promptmux_prompts.directory import Refusal, prompt_path, scan_directory
 from promptmux_prompts.errors import (
-    ImportRefused,
     InvalidPromptFile,
     PromptBackboneMismatch,
     PromptDigestMismatch,
@@ -15,7 +14,6 @@ from promptmux_prompts.manifest import ImageInput, Kind, Manifest
 
 __all__ = [
     "ImageInput",
-    "ImportRefused",
     "InvalidPromptFile",
     "Kind",
     "Manifest",

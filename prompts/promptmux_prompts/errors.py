@@ -1,18 +1,27 @@
 """Why a prompt file is refused, as one tree with stable codes. Knows nothing of HTTP.
 
+ImportRefused                 import_refused             another program's file that cannot become a prompt file
+
 PromptFileError               invalid_prompt_file
 ├── InvalidPromptFile         invalid_prompt_file        not a well-formed prompt file
 ├── PromptShapeMismatch       prompt_shape_mismatch      tensors of another model size, or other than the manifest says
 ├── PromptNonfinite           prompt_nonfinite           NaN, Inf or absurd values after the cast to the serving type
 ├── PromptDigestMismatch      prompt_digest_mismatch     not the content that was announced
 └── PromptBackboneMismatch    prompt_backbone_mismatch   trained for another backbone
-
-ImportRefused                 import_refused             another program's file that cannot become a prompt file
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
+
+
+class ImportRefused(Exception):
+    """Another program's file that holds no deep prompts, or none that can be had; the message says what to do.
+
+    It stands alone because no server reads foreign files.
+    """
+
+    code: ClassVar[str] = "import_refused"
 
 
 class PromptFileError(Exception):
@@ -47,12 +56,3 @@ class PromptBackboneMismatch(PromptFileError):
     """The prompt was trained for another backbone."""
 
     code = "prompt_backbone_mismatch"
-
-
-class ImportRefused(Exception):
-    """Another program's file that holds no deep prompts, or none that can be had; the message says what to do.
-
-    No member of the tree above: servers read prompt files only.
-    """
-
-    code: ClassVar[str] = "import_refused"

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import tiny
-from promptmux_prompts import ImportRefused, PromptShapeMismatch, read_prompt, write_prompt
+from promptmux_prompts import PromptShapeMismatch, read_prompt, write_prompt
+from promptmux_prompts.errors import ImportRefused
 from promptmux_prompts.importers import import_ofa
 
 SHAPE = tiny.shape()

@@ -12,7 +12,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 import tiny
-from promptmux_prompts import ImportRefused, InvalidPromptFile, PromptShape, PromptShapeMismatch
+from promptmux_prompts import InvalidPromptFile, PromptShape, PromptShapeMismatch
+from promptmux_prompts.errors import ImportRefused
 from promptmux_prompts.importers import ImportedSides, import_peft
 
 LENGTH, HEADS, HEAD_DIM = 5, 2, 4

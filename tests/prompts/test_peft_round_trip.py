@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from promptmux_kernels import Rows, SharedBias, pack_prompts, reference
-from promptmux_prompts import ImportRefused, Manifest, Prompt, PromptShape, read_prompt, write_prompt
+from promptmux_prompts import Manifest, Prompt, PromptShape, read_prompt, write_prompt
+from promptmux_prompts.errors import ImportRefused
 from promptmux_prompts.importers import import_peft
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

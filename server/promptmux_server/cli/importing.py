@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from promptmux_prompts import ImportRefused, Manifest, Prompt, PromptFileError, read_prompt, write_prompt
+from promptmux_prompts import Manifest, Prompt, PromptFileError, read_prompt, write_prompt
+from promptmux_prompts.errors import ImportRefused
 from promptmux_prompts.importers import ImportedSides, import_ofa, import_peft
 from promptmux_prompts.importers.peft import Side
 from promptmux_prompts.unfitted import load_unfitted

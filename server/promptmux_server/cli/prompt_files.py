@@ -69,7 +69,8 @@ def import_(
 
     Nothing in the source is executed. The file is checked as a server checks it, and no file is overwritten.
     """
-    from promptmux_prompts import ImportRefused, PromptFileError
+    from promptmux_prompts import PromptFileError
+    from promptmux_prompts.errors import ImportRefused
     from promptmux_server.cli.importing import describe_import, import_prompt
     from promptmux_server.errors import PromptmuxError
     from promptmux_server.pocket import WEIGHTS

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from promptmux_prompts import ImportRefused, Manifest, Prompt, PromptFileError, write_prompt
+from promptmux_prompts import Manifest, Prompt, PromptFileError, write_prompt
+from promptmux_prompts.errors import ImportRefused
 from promptmux_prompts.importers import import_ofa
 from promptmux_server.backbone.config import BackboneConfig
 from promptmux_server.backbone.weights.load import load_backbone
