@@ -14,13 +14,13 @@ import numpy as np
 from engines import PROMPT_LENGTH, Bench, answer_all, arguments, bench, report, side_by_side
 from load import percentile
 from promptmux_kernels import PAGE
+from promptmux_prompts import Seed
 from promptmux_server.engine.engine import Engine
 from promptmux_server.engine.prompt_copies import PromptCopies
 from promptmux_server.engine.prompt_files import PromptFiles
 from promptmux_server.engine.prompt_loader import PromptLoader
 from promptmux_server.engine.prompt_table import PromptPools, pool_bytes
 from promptmux_server.engine.prompt_tiers import PromptTiers, Tier
-from promptmux_server.engine.registry import Registry
 
 RESIDENT = 64
 TASKS = {"pocket": 1000}
@@ -36,7 +36,7 @@ def room(made: Bench, prompts: int) -> int:
 
 def make_resident(engine: Engine, tasks: int) -> None:
     for task in range(tasks):
-        engine.pin(f"t{task}")
+        engine.prompts.set_pinned(f"t{task}", True, author="local")
     while engine.load().prompts.resident < tasks:
         time.sleep(0.05)
 
@@ -47,19 +47,23 @@ def cold_waits_ms(made: Bench, tasks: int, tier: Tier) -> list[float]:
     Every prompt is in `tier` beforehand and the device is full: one that comes sends another away.
     """
     model = made.model
-    files = PromptFiles.of(made.prompts, model.config, made.fingerprint, model.dtype)
+    files = PromptFiles.of(model.config, made.fingerprint, model.dtype)
     pools = PromptPools(model.config, model.dtype, model.device, room(made, RESIDENT))
     copies = PromptCopies(pools)
     tiers = PromptTiers(pools, copies, host_bytes=room(made, tasks) if tier == "host" else 0)
-    registry, news = Registry(files, model.config, tiers), threading.Event()
-    registry.reload()
-    assert {status.tier for status in registry.statuses()} == {tier}
+    digests, news = [], threading.Event()
+    for seed in files.seeds(made.prompts):
+        assert isinstance(seed, Seed)
+        said, path = seed.prompt.manifest, made.prompts / f"{seed.name}.safetensors"
+        tiers.register(files.source(seed.prompt.digest, path, said.encoder_length, said.decoder_length), seed.prompt)
+        digests.append(seed.prompt.digest)
+    assert {place.tier for place in tiers.places().values()} == {tier}
     loader = PromptLoader(tiers, copies, files.read, news.set)
     loader.start()
     waits = []
-    for task in range(tasks):
+    for digest in digests:
         started = time.perf_counter()
-        _, lease = registry.resolve(f"t{task}")
+        lease = tiers.prefetch(digest)
         while tiers.hold(lease) is None:
             news.wait()
             news.clear()

@@ -33,6 +33,7 @@ from promptmux_server.backbone.tokenizer import Tokenizer
 from promptmux_server.backbone.weights import LoadedBackbone, load_backbone
 from promptmux_server.backbone.weights.random_init import random_backbone
 from promptmux_server.engine.engine import Engine
+from promptmux_server.engine.offline import engine_over
 from promptmux_server.engine.options import EngineOptions
 from promptmux_server.engine.request import Answer, Request
 from promptmux_server.pocket import WEIGHTS
@@ -57,12 +58,8 @@ class Bench:
     def engine(self, **options: Any) -> Iterator[Engine]:
         """A started engine that keeps no pictures unless told to."""
         settings = EngineOptions(**{"queue_size": 4096, "queue_per_key": 4096, "queue_per_task": 4096, **options})
-        engine = Engine(self.model, self.tokenizer, self.fingerprint, self.prompts, settings)
-        engine.start()
-        try:
+        with engine_over(self.prompts, self.model, self.tokenizer, self.fingerprint, settings) as engine:
             yield engine
-        finally:
-            engine.stop(1.0)
 
     def picture(self, seed: int) -> DecodedImage:
         pixels = np.random.default_rng(seed).integers(0, 256, (self.side, self.side, 3), dtype=np.uint8)

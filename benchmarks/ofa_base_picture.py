@@ -28,6 +28,7 @@ from promptmux_server.backbone.tokenizer import SPECIALS, Tokenizer
 from promptmux_server.backbone.weights import load_backbone
 from promptmux_server.backbone.weights.random_init import random_backbone
 from promptmux_server.engine.engine import Engine
+from promptmux_server.engine.offline import engine_over
 from promptmux_server.engine.options import EngineOptions
 from promptmux_server.engine.request import Answer, Request
 
@@ -125,18 +126,15 @@ def main() -> None:
         prompts.mkdir()
         prompt = caption_prompt(config, backbone.fingerprint, arguments.prompt_length)
         (prompts / "caption.safetensors").write_bytes(write_prompt(prompt))
-        engine = Engine(
-            model, backbone.tokenizer(), backbone.fingerprint, prompts, EngineOptions(max_batch=arguments.batch)
-        )
-        engine.start()
-        ask(engine, 1)
         seconds, stages = [], []
-        for _ in range(arguments.rounds):
-            began = time.monotonic()
-            answers = ask(engine, arguments.batch)
-            seconds.append((time.monotonic() - began) / arguments.batch)
-            stages.append(answers[-1].timings_ms)
-        engine.stop(5.0)
+        options = EngineOptions(max_batch=arguments.batch)
+        with engine_over(prompts, model, backbone.tokenizer(), backbone.fingerprint, options) as engine:
+            ask(engine, 1)
+            for _ in range(arguments.rounds):
+                began = time.monotonic()
+                answers = ask(engine, arguments.batch)
+                seconds.append((time.monotonic() - began) / arguments.batch)
+                stages.append(answers[-1].timings_ms)
     line = {
         "backbone": config.name,
         "dtype": str(model.dtype),

@@ -17,7 +17,7 @@ import torch
 
 from promptmux_server.backbone.assemble import assemble
 from promptmux_server.backbone.weights import load_backbone
-from promptmux_server.engine.engine import Engine
+from promptmux_server.engine.offline import engine_over
 from promptmux_server.engine.request import Answer, Output
 from promptmux_server.errors import NoBoxFound
 from promptmux_server.pocket import LIBRARY, WEIGHTS
@@ -31,16 +31,14 @@ def answers(dtype: torch.dtype, data: SceneDataset, count: int) -> dict[TaskName
     """Every task's answers about the first pictures, computed in one element type; None where no box was found."""
     backbone = load_backbone(WEIGHTS)
     model = assemble(backbone, dtype=dtype, packed=True)
-    engine = Engine(model, backbone.tokenizer(), backbone.fingerprint, LIBRARY)
-    engine.start()
     found: dict[TaskName, list[Output | None]] = {}
-    for task in TASKS:
-        found[task] = []
-        for start in range(0, count, WAITING):
-            items = [task_item(task, data, index) for index in range(start, min(start + WAITING, count))]
-            futures = [engine.submit(item.request) for item in items]
-            found[task] += [output(future) for future in futures]
-    engine.stop(5.0)
+    with engine_over(LIBRARY, model, backbone.tokenizer(), backbone.fingerprint) as engine:
+        for task in TASKS:
+            found[task] = []
+            for start in range(0, count, WAITING):
+                items = [task_item(task, data, index) for index in range(start, min(start + WAITING, count))]
+                futures = [engine.submit(item.request) for item in items]
+                found[task] += [output(future) for future in futures]
     return found
 
 

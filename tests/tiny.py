@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 
-from promptmux_prompts import ImageInput, Kind, Manifest, Prompt, PromptShape, write_prompt
+from promptmux_prompts import ImageInput, Kind, Manifest, Prompt, PromptShape, Store, write_prompt
 from promptmux_server.backbone.assemble import assemble
 from promptmux_server.backbone.config import BackboneConfig
 from promptmux_server.backbone.model import OFA
 from promptmux_server.backbone.tokenizer import Tokenizer, train_tokenizer
 from promptmux_server.backbone.weights import LoadedBackbone
 from promptmux_server.backbone.weights.random_init import random_backbone
+from promptmux_server.engine.engine import Engine
+from promptmux_server.engine.options import EngineOptions
 
 WORDS = "the a dog cat bird is left of right red blue what how many are there yes no maybe one two where in picture"
 BINS = 32
@@ -107,6 +109,12 @@ def prompt(
         draw(c.decoder_layers, decoder_length),
         draw(c.decoder_layers, decoder_length),
     )
+
+
+def engine(folder: Path, options: EngineOptions | None = None) -> Engine:
+    """An engine over a directory of prompt files, not started; its registry lies in the folder `registry` there."""
+    store = Store.open(folder / "registry", max_names=10_000)
+    return Engine(model(), tokenizer(), backbone().fingerprint, store, options, seeds=folder)
 
 
 def write(folder: Path, *prompts: Prompt) -> Path:

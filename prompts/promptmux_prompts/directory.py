@@ -1,4 +1,4 @@
-"""A directory of prompt files: all that can be served, and why the rest cannot."""
+"""A directory of prompt files that others put there: every one that can be served, and why the rest cannot."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from pathlib import Path
 import torch
 
 from promptmux_prompts.errors import InvalidPromptFile, PromptFileError
-from promptmux_prompts.format import Prompt, PromptShape, load_prompt
+from promptmux_prompts.format import Prompt, PromptShape, read_bytes, read_prompt
+from promptmux_prompts.records import is_name
+
+
+@dataclass(frozen=True, eq=False)
+class Seed:
+    """A good file: the name that its stem gives it, its bytes, and the prompt as it would be served."""
+
+    name: str
+    data: bytes
+    prompt: Prompt
 
 
 @dataclass(frozen=True)
@@ -21,26 +31,22 @@ class Refusal:
     message: str
 
 
-def prompt_path(directory: Path, name: str) -> Path:
-    """Where a directory keeps the prompt of this name."""
-    return directory / f"{name}.safetensors"
-
-
-def scan_directory(
+def read_seeds(
     directory: Path, *, shape: PromptShape, fingerprint: str | None, dtype: torch.dtype
-) -> Iterator[Prompt | Refusal]:
-    """Read every prompt file of a directory, by name; a bad one is reported and keeps no other from loading.
+) -> Iterator[Seed | Refusal]:
+    """Read every prompt file of a directory, by name; a bad one is reported and keeps no other from being read.
 
     One at a time, since all of them together may be more than fits in memory.
     """
     for path in sorted(directory.glob("*.safetensors")):
         try:
-            prompt = load_prompt(path, shape=shape, fingerprint=fingerprint, dtype=dtype)
-            if prompt.manifest.name != path.stem:
-                raise InvalidPromptFile(f"the file must be named {prompt.manifest.name}.safetensors after its manifest")
+            if not is_name(path.stem):
+                raise InvalidPromptFile("the file must be called after its task: [a-z0-9][a-z0-9._-]{0,63}.safetensors")
+            data = read_bytes(path, shape)
+            prompt = read_prompt(data, shape=shape, fingerprint=fingerprint, dtype=dtype)
         except PromptFileError as error:
             yield Refusal(path.stem, error.code, str(error))
         except OSError as error:
             yield Refusal(path.stem, "invalid_prompt_file", f"cannot be read: {error.strerror}")
         else:
-            yield prompt
+            yield Seed(path.stem, data, prompt)

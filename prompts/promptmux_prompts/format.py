@@ -7,6 +7,7 @@ Knows nothing of registries or devices.
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -92,10 +93,15 @@ def write_prompt(prompt: Prompt) -> bytes:
 def load_prompt(
     path: Path, *, shape: PromptShape, fingerprint: str | None, dtype: torch.dtype, sha256: str | None = None
 ) -> Prompt:
-    """Read a file whole, then as `read_prompt`; too large a file is refused unread. Raises OSError as well."""
+    """Read a file whole, then as `read_prompt`. Raises OSError as well."""
+    return read_prompt(read_bytes(path, shape), shape=shape, fingerprint=fingerprint, dtype=dtype, sha256=sha256)
+
+
+def read_bytes(path: Path, shape: PromptShape) -> bytes:
+    """A whole file; one too large for any prompt of this shape is refused unread. Raises OSError as well."""
     if path.stat().st_size > shape.max_bytes:
-        raise InvalidPromptFile(f"a prompt file for this backbone has at most {shape.max_bytes} bytes")
-    return read_prompt(path.read_bytes(), shape=shape, fingerprint=fingerprint, dtype=dtype, sha256=sha256)
+        raise _too_large(shape)
+    return path.read_bytes()
 
 
 def read_prompt(
@@ -107,14 +113,8 @@ def read_prompt(
     Raises InvalidPromptFile, PromptShapeMismatch, PromptBackboneMismatch, PromptDigestMismatch, PromptNonfinite.
     """
     if len(data) > shape.max_bytes:
-        raise InvalidPromptFile(f"a prompt file for this backbone has at most {shape.max_bytes} bytes")
-    header = read_header(data)
-    manifest = Manifest.from_json(header.manifest)
-    _check_shapes(header, manifest, shape)
-    if fingerprint is not None and manifest.fingerprint != fingerprint:
-        raise PromptBackboneMismatch(
-            f"the prompt was trained for backbone {manifest.backbone_name[:64]!r} with another fingerprint"
-        )
+        raise _too_large(shape)
+    manifest = _manifest(read_header(data), shape, fingerprint)
     try:
         stored = parse_safetensors(data)
     except Exception as error:  # the library raises KeyError, ValueError and TypeError too
@@ -131,6 +131,30 @@ def read_prompt(
         if tensor.numel() and not bool((tensor.float().abs() <= MAX_ABSOLUTE).all()):
             raise PromptNonfinite(f"values must be finite and at most {MAX_ABSOLUTE:g} once cast to {dtype}")
     return Prompt(manifest, parts[0], parts[1], parts[2], parts[3], digest)
+
+
+def load_manifest(path: Path, *, shape: PromptShape, fingerprint: str | None) -> Manifest:
+    """The manifest alone, checked against the header; the tensors are not read. Raises OSError as well."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > shape.max_bytes:
+            raise _too_large(shape)
+        return _manifest(read_header(file.read(8 + MAX_HEADER_BYTES), size), shape, fingerprint)
+
+
+def _too_large(shape: PromptShape) -> InvalidPromptFile:
+    return InvalidPromptFile(f"a prompt file for this backbone has at most {shape.max_bytes} bytes")
+
+
+def _manifest(header: Header, shape: PromptShape, fingerprint: str | None) -> Manifest:
+    """The manifest of a header, if both fit the backbone."""
+    manifest = Manifest.from_json(header.manifest)
+    _check_shapes(header, manifest, shape)
+    if fingerprint is not None and manifest.fingerprint != fingerprint:
+        raise PromptBackboneMismatch(
+            f"the prompt was trained for backbone {manifest.backbone_name[:64]!r} with another fingerprint"
+        )
+    return manifest
 
 
 def _check_shapes(header: Header, manifest: Manifest, shape: PromptShape) -> None:

@@ -28,8 +28,12 @@ class Header:
     dtype: str
 
 
-def read_header(data: bytes) -> Header:
-    """Check the first bytes of a prompt file against its whole length; raises InvalidPromptFile."""
+def read_header(data: bytes, file_bytes: int | None = None) -> Header:
+    """Check the beginning of a prompt file against its whole length; raises InvalidPromptFile.
+
+    `data` may end anywhere behind the header if `file_bytes` says how long the file is.
+    """
+    file_bytes = len(data) if file_bytes is None else file_bytes
     if len(data) < 8:
         raise InvalidPromptFile("the file is shorter than a header")
     size = int.from_bytes(data[:8], "little")
@@ -53,7 +57,7 @@ def read_header(data: bytes) -> Header:
     if len(dtypes) > 1:
         raise InvalidPromptFile("all tensors must have one type")
     spans = {name: _tensor(name, entry) for name, entry in entries.items()}
-    _check_packed([(begin, end) for _, _, begin, end in spans.values()], len(data) - 8 - size)
+    _check_packed([(begin, end) for _, _, begin, end in spans.values()], file_bytes - 8 - size)
     return Header(manifest, {name: shape for name, (_, shape, _, _) in spans.items()}, next(iter(dtypes), "F32"))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self, get_args
 
+from promptmux_prompts.canary import MAX_CANARIES, Canary
 from promptmux_prompts.errors import InvalidPromptFile
 from promptmux_prompts.strict_json import canonical, parse
 
@@ -55,7 +56,8 @@ class Manifest:
     decoding: Mapping[str, Any] = field(default_factory=dict)
     """Only what differs from the kind's defaults."""
     metric: Mapping[str, Any] | None = None
-    canary: tuple[Mapping[str, Any], ...] | None = None
+    canary: tuple[Canary, ...] | None = None
+    """Inputs with the tokens that the publisher saw; they are replayed before the prompt is served."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -73,6 +75,7 @@ class Manifest:
             _require(_is_int(self.image.size) and 16 <= self.image.size <= 4096, "image.size must be 16 to 4096")
             _require(_is_number(self.image.mean) and _is_number(self.image.std), "image.mean and std must be numbers")
             _require(self.image.std > 0, "image.std must be positive")
+        _require(self.canary is None or 0 < len(self.canary) <= MAX_CANARIES, f"canary must be 1 to {MAX_CANARIES}")
         self._check_answers()
 
     def _check_answers(self) -> None:
@@ -99,6 +102,8 @@ class Manifest:
         raw = {f.name: getattr(self, f.name) for f in fields(self)} | {"schema": SCHEMA}
         if self.image is not None:
             raw["image"] = {f.name: getattr(self.image, f.name) for f in fields(self.image)}
+        if self.canary is not None:
+            raw["canary"] = [canary.to_dict() for canary in self.canary]
         return canonical(raw)
 
     @classmethod
@@ -112,9 +117,11 @@ class Manifest:
             if raw.get("image") is not None:
                 raw["image"] = ImageInput(**_object(raw["image"], "image"))
             for key in ("answers", "canary"):
-                if raw.get(key) is not None:
-                    _require(isinstance(raw[key], list), f"{key} must be a list")
-                    raw[key] = tuple(raw[key])
+                _require(isinstance(raw.get(key), list | None), f"{key} must be a list")
+            if raw.get("answers") is not None:
+                raw["answers"] = tuple(raw["answers"])
+            if raw.get("canary") is not None:
+                raw["canary"] = tuple(Canary.from_dict(_object(canary, "canary")) for canary in raw["canary"])
             for key in ("labels", "metric"):
                 if raw.get(key) is not None:
                     _object(raw[key], key)

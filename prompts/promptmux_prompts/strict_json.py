@@ -1,4 +1,4 @@
-"""JSON that means one thing: no duplicate keys, no NaN, no Infinity, and one canonical way to write it."""
+"""JSON that means one thing: no duplicate keys, NaN, Infinity or half characters, and one canonical way to write it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,27 @@ from typing import Any, NoReturn
 
 from promptmux_prompts.errors import InvalidPromptFile
 
+MAX_DEPTH = 32
+
 
 def parse(text: str | bytes, what: str) -> Any:
     """Parse strictly; raises InvalidPromptFile naming `what`."""
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
+        _check_depth(value)
+        json.dumps(value, ensure_ascii=False).encode()  # fails for half of a surrogate pair, which no encoder can write
     except (ValueError, RecursionError) as error:
         raise InvalidPromptFile(f"the {what} is not strict JSON") from error
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    level, depth = [value], 0
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError("too deep")
+        level = [child for item in level for child in (item.values() if isinstance(item, dict) else item)]
 
 
 def canonical(value: object) -> str:

@@ -11,8 +11,11 @@ the one place that turns an exception into an answer.
     │   ├── Unauthorized               401  unauthorized
     │   ├── Forbidden                  403  forbidden
     │   ├── PromptNotFound             404  prompt_not_found
+    │   ├── VersionNotFound            404  version_not_found      the name has no such version, or none that is kept
     │   ├── RouteNotFound              404  route_not_found
     │   ├── MethodNotAllowed           405  method_not_allowed
+    │   ├── RegistryFull               409  registry_full          no further names
+    │   ├── VersionMismatch            412  version_mismatch       the name stands for another version than expected
     │   ├── BodyTooLarge               413  body_too_large
     │   ├── ImageTooLarge              413  image_too_large
     │   ├── UnsupportedMediaType       415  unsupported_media_type
@@ -22,7 +25,8 @@ the one place that turns an exception into an answer.
     │   │   ├── PromptNonfinite        422  prompt_nonfinite
     │   │   ├── PromptDigestMismatch   422  prompt_digest_mismatch
     │   │   ├── PromptBackboneMismatch 422  prompt_backbone_mismatch
-    │   │   └── PromptTooLarge         422  prompt_too_large       more pages than the device's pool can spare
+    │   │   ├── PromptTooLarge         422  prompt_too_large       more pages than the device's pool can spare
+    │   │   └── CanaryFailed           422  canary_failed          does not answer as its publisher saw it answer
     │   ├── PinRefused                 422  pin_refused            pinning it would leave other prompts no room
     │   ├── NoBoxFound                 422  no_box                 the output of the model is not a box
     │   ├── TenantQueueFull            429  tenant_queue_full      the caller's own share is used up
@@ -33,7 +37,9 @@ the one place that turns an exception into an answer.
     │   ├── Draining                   503  draining
     │   ├── BackendUnhealthy           503  backend_unhealthy
     │   ├── PromptQuarantined          503  prompt_quarantined
+    │   ├── StorageFailed              503  storage_failed         the disk; what was served still is
     │   └── NonfiniteOutput            503  nonfinite_output       this row only, its neighbours are unharmed
+    ├── StorageFull                    507  storage_full           no room on the disk; nothing has changed
     ├── DeadlineExceeded               504  deadline_exceeded
     ├── Internal                       500  internal               a bug
     └── BackboneError                  500  backbone_error         raised while a backbone is read
@@ -45,7 +51,7 @@ the one place that turns an exception into an answer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 
@@ -56,12 +62,23 @@ class PromptmuxError(Exception):
     status: ClassVar[int] = 500
     retryable: ClassVar[bool] = False
 
-    def __init__(self, message: str, *, param: str | None = None, retry_after_s: int | None = None) -> None:
-        """`param` names the request field at fault; `retry_after_s` (1 to 30) goes out as `Retry-After`."""
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after_s: int | None = None,
+        details: Mapping[str, object] | None = None,
+    ) -> None:
+        """`param` names the request field at fault; `retry_after_s` (1 to 30) goes out as `Retry-After`.
+
+        `details` are for programs: small, and JSON.
+        """
         super().__init__(message)
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
+        self.details = details
 
 
 class RequestError(PromptmuxError):
@@ -108,6 +125,13 @@ class PromptNotFound(RequestError):
     status = 404
 
 
+class VersionNotFound(RequestError):
+    """The name has no such version, or does not keep it any more."""
+
+    code = "version_not_found"
+    status = 404
+
+
 class RouteNotFound(RequestError):
     """No such path."""
 
@@ -120,6 +144,20 @@ class MethodNotAllowed(RequestError):
 
     code = "method_not_allowed"
     status = 405
+
+
+class RegistryFull(RequestError):
+    """The registry holds as many names as it may."""
+
+    code = "registry_full"
+    status = 409
+
+
+class VersionMismatch(RequestError):
+    """The name does not stand for the version that the caller expected."""
+
+    code = "version_mismatch"
+    status = 412
 
 
 class BodyTooLarge(RequestError):
@@ -185,6 +223,12 @@ class PromptTooLarge(PromptRefused):
     """It needs more room than the device's prompt pool has beside what is pinned there."""
 
     code = "prompt_too_large"
+
+
+class CanaryFailed(PromptRefused):
+    """On this server the prompt answers otherwise than its publisher saw, or as if it were not there."""
+
+    code = "canary_failed"
 
 
 class PinRefused(RequestError):
@@ -253,10 +297,23 @@ class PromptQuarantined(Unavailable):
     code = "prompt_quarantined"
 
 
+class StorageFailed(Unavailable):
+    """The disk failed; nothing was published, and what was served still is."""
+
+    code = "storage_failed"
+
+
 class NonfiniteOutput(Unavailable):
     """This request's logits were not finite; no other request of the batch is affected."""
 
     code = "nonfinite_output"
+
+
+class StorageFull(PromptmuxError):
+    """The disk has no room; nothing has changed."""
+
+    code = "storage_full"
+    status = 507
 
 
 class DeadlineExceeded(PromptmuxError):

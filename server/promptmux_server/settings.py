@@ -36,16 +36,24 @@ class Settings(BaseSettings):
     metrics_port: Port | None = 8001
     """`/metrics` is served here, on loopback only; None = nowhere."""
     api_keys: Path | None = None
-    """File of lines `NAME SCOPE[,SCOPE] SHA256 [weight=NUMBER]`, scopes `infer` and `admin`; without it every caller
-    may do everything, on loopback only. A name of weight 2 gets twice the device time of one of weight 1 when both ask
-    for more than there is."""
+    """File of lines `NAME SCOPE[,SCOPE] SHA256 [weight=NUMBER]`, scopes `infer`, `eval` and `admin`; without it every
+    caller may do everything, on loopback only. A name of weight 2 gets twice the device time of one of weight 1 when
+    both ask for more than there is."""
 
     backbone: str = "pocket"
     """`pocket`, or a directory in promptmux or transformers format."""
     prompts: Path | None = None
-    """Directory of prompt files; None = the shipped library, copied to `state` once."""
+    """Directory of prompt files to take up; None = the shipped library. It is only read."""
     state: Path = Path("var/state")
-    """Where the server keeps what it may change."""
+    """Where the server keeps what it may change: published prompts among it, in `registry`."""
+    max_prompts: Count = 1000
+    """Names in the registry; one more is refused."""
+    kept_versions: Count = 10
+    """Of each name; older ones are removed."""
+    allow_quarantined_fallback: bool = True
+    """At the start, a name whose version is damaged stands for the newest good one; False = it is not served."""
+    nonfinite_limit: Annotated[int, Field(ge=0)] = 3
+    """Answers in a row that are not finite before a version is rolled back; 0 = never."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
     threads: Count | None = None

@@ -5,7 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import Future
+from typing import Any
 
+from promptmux_prompts import Upload
+from promptmux_server.engine.publications import PromptVersion
 from promptmux_server.engine.request import (
     Answer,
     EngineLoad,
@@ -13,6 +16,7 @@ from promptmux_server.engine.request import (
     PromptRef,
     ReloadReport,
     Request,
+    TaskInputs,
     TaskStatus,
 )
 from promptmux_server.errors import (
@@ -28,6 +32,26 @@ from promptmux_server.tasks import AnswerOutput
 SHA = "ab" * 32
 
 
+class NoPrompts:
+    """A registry that nobody has published to, and nobody can."""
+
+    max_bytes = 64 * 1024
+
+    def upload(self) -> Upload:
+        raise AssertionError("nothing is published to an engine that only pretends")
+
+    def publish(self, *_: object, **__: object) -> Any:
+        raise AssertionError("nothing is published to an engine that only pretends")
+
+    def page(self, after: str, limit: int) -> tuple[list[PromptVersion], str | None]:
+        return [], None
+
+    def _no_such(self, *_: object, **__: object) -> Any:
+        raise PromptNotFound("No such prompt.")
+
+    rollback = delete = set_pinned = current = versions = file = _no_such
+
+
 class FakeEngine:
     """Task "echo" answers at once with the text, "slow" when told to, "late" misses its deadline, "nan" fails alone.
 
@@ -36,6 +60,7 @@ class FakeEngine:
     """
 
     def __init__(self) -> None:
+        self.prompts = NoPrompts()
         self.requests: list[Request] = []
         self.futures: list[Future[Answer]] = []
         self.healthy = True
@@ -97,7 +122,7 @@ class FakeEngine:
             timings_ms={"total": 1.0},
         )
 
-    def tasks(self) -> list[TaskStatus]:
+    def tasks(self, after: str = "", limit: int | None = None) -> list[TaskStatus]:
         def task(name: str, *, takes_text: bool) -> TaskStatus:
             kind = "answer" if takes_text else "caption"
             return TaskStatus(
@@ -110,7 +135,14 @@ class FakeEngine:
                 takes_image=name != "spell",
             )
 
-        return [task("echo", takes_text=True), task("caption", takes_text=False), task("spell", takes_text=True)]
+        found = [task("caption", takes_text=False), task("echo", takes_text=True), task("spell", takes_text=True)]
+        return [status for status in found if status.name > after][:limit]
+
+    def inputs(self, task: str) -> TaskInputs | None:
+        found = self.task(task)
+        if found is None:
+            return None
+        return TaskInputs(found.kind or "", found.takes_text, found.takes_premise, found.takes_image)
 
     def task(self, name: str) -> TaskStatus | None:
         return next((status for status in self.tasks() if status.name == name), None)

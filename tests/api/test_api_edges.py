@@ -205,12 +205,25 @@ def test_callers_turned_away_together_are_spread_and_never_told_to_wait_long() -
     assert error_response(Overloaded("Full.", retry_after_s=999), "id").headers["retry-after"] == "30"
 
 
-def test_every_refusal_of_a_prompt_file_keeps_its_code() -> None:
+STORE_STATUSES = {
+    "invalid_parameter": 422,
+    "prompt_not_found": 404,
+    "version_not_found": 404,
+    "registry_full": 409,
+    "version_mismatch": 412,
+    "storage_failed": 503,
+    "prompt_quarantined": 503,
+    "storage_full": 507,
+}
+
+
+def test_every_refusal_of_a_prompt_file_and_of_the_store_keeps_its_code() -> None:
     refusals = [c for c in vars(prompt_errors).values() if isinstance(c, type) and issubclass(c, Exception)]
-    assert len(refusals) > 4
+    assert len(refusals) > 12
     for refusal in refusals:
         known = as_promptmux_error(refusal("It is refused."))
-        assert (known.status, known.code) == (422, refusal.code)
+        status = 422 if issubclass(refusal, prompt_errors.PromptFileError) else STORE_STATUSES[refusal.code]
+        assert (known.status, known.code) == (status, refusal.code)
 
 
 # -- documentation --------------------------------------------------------------------------------------------------
@@ -225,7 +238,7 @@ def test_every_reference_of_the_document_resolves_and_every_route_documents_its_
     assert all(reference.removeprefix("#/components/schemas/") in schemas for reference in references)
     for path in document["paths"].values():
         for operation in path.values():
-            assert set(operation["responses"]) == {"200", "4XX", "5XX"}
+            assert {"4XX", "5XX"} < set(operation["responses"]) <= {"200", "201", "204", "4XX", "5XX"}
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,7 @@ def test_health_follows_the_engine(client: httpx2.Client, engine: FakeEngine, ap
 
 
 def test_tasks_reload_and_version(client: httpx2.Client) -> None:
-    assert client.get("/v1/tasks").json()["tasks"][0]["name"] == "echo"
+    assert [task["name"] for task in client.get("/v1/tasks").json()["tasks"]] == ["caption", "echo", "spell"]
     assert client.get("/v1/tasks/echo").json()["sha256"] == SHA
     assert client.post("/v1/tasks:reload").json()["unchanged"] == ["echo"]
     assert client.get("/version").json()["backbone"] == "fake"

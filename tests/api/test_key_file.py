@@ -21,8 +21,9 @@ def read(folder: Path, *lines: str) -> Keys:
 
 def test_a_key_says_whose_it_is(tmp_path: Path) -> None:
     keys = read(tmp_path, f"ann infer {digest('1')}", f"bob infer,admin {digest('2')} weight=2")
-    assert keys.check([(b"authorization", b"Bearer 1")], admin=False) == "ann"
-    assert keys.check([(b"authorization", b"Bearer 2")], admin=True) == "bob"
+    ann, bob = (keys.identify([(b"authorization", b"Bearer %d" % number)]) for number in (1, 2))
+    assert (ann.name, ann.scopes) == ("ann", {"infer"})
+    assert (bob.name, bob.scopes) == ("bob", {"infer", "admin"})
 
 
 def test_weights_are_by_name_and_one_where_none_is_said(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     def make(**options: Any) -> Engine:
         tiny.write(tmp_path, tiny.prompt("a"), tiny.prompt("b", seed=2, encoder_length=40))
-        engine = Engine(tiny.model(), tiny.tokenizer(), tiny.backbone().fingerprint, tmp_path, EngineOptions(**options))
+        engine = tiny.engine(tmp_path, EngineOptions(**options))
         engine.start()
         engines.append(engine)
         return engine

@@ -40,7 +40,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     def make(*prompts: object, **options: int) -> Engine:
         tiny.write(tmp_path, *(prompts or (tiny.prompt("a"), tiny.prompt("b", seed=2, encoder_length=40))))  # type: ignore[arg-type]
-        engine = Engine(tiny.model(), tiny.tokenizer(), tiny.backbone().fingerprint, tmp_path, EngineOptions(**options))  # type: ignore[arg-type]
+        engine = tiny.engine(tmp_path, EngineOptions(**options))  # type: ignore[arg-type]
         engine.start()
         engines.append(engine)
         for status in engine.tasks():
@@ -279,9 +279,9 @@ def test_a_reload_serves_new_versions_and_frees_old_ones(start: Start, tmp_path:
     engine = start()
     old = engine.submit(ask("a"))
     tiny.write(tmp_path, tiny.prompt("a", seed=50), tiny.prompt("new", seed=51))
-    (tmp_path / "b.safetensors").unlink()
+    engine.prompts.delete("b", author="local", expected=None)
     report = engine.reload()
-    assert (report.added, report.changed, report.removed) == (("new",), ("a",), ("b",))
+    assert (report.added, report.changed, report.removed) == (("new",), ("a",), ())
     fresh = engine.submit(ask("a"))
     held.set()
     assert old.result(20).prompt.sha256 == tiny.prompt("a").digest

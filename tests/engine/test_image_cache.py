@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 import tiny
 from promptmux_server.backbone.encoder import ImageTokens
 from promptmux_server.backbone.images import from_array
-from promptmux_server.engine.engine import Engine
 from promptmux_server.engine.image_cache import ImageCache, ImageKey
 from promptmux_server.engine.options import EngineOptions
 from promptmux_server.engine.request import Answer, Request
@@ -83,13 +82,7 @@ class Served:
     """An engine on a prompt directory, asked about one picture."""
 
     def __init__(self, folder: Path, cache_bytes: int) -> None:
-        self.engine = Engine(
-            tiny.model(),
-            tiny.tokenizer(),
-            tiny.backbone().fingerprint,
-            folder,
-            EngineOptions(image_cache_bytes=cache_bytes),
-        )
+        self.engine = tiny.engine(folder, EngineOptions(image_cache_bytes=cache_bytes))
         self.engine.start()
         rgb = np.random.default_rng(5).integers(0, 256, (40, 50, 3), dtype=np.uint8)
         self.picture = from_array(rgb)

@@ -371,7 +371,7 @@ def test_a_damaged_file_fails_its_own_requests_and_heals() -> None:
     del bench.disk["a"]
     bad, good = bench.tiers.prefetch(prompt("a").digest), bench.tiers.prefetch(prompt("b").digest)
     bench.settle()
-    with pytest.raises(PromptQuarantined, match="reload"):
+    with pytest.raises(PromptQuarantined, match="roll it back"):
         bench.tiers.hold(bad)
     assert bench.tiers.hold(good)
     bench.tiers.release(bad)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tiny
-from promptmux_prompts import Prompt
+from promptmux_prompts import Prompt, write_prompt
 from promptmux_server.engine.engine import Engine
 from promptmux_server.engine.options import EngineOptions
 from promptmux_server.engine.prompt_table import pool_bytes
@@ -33,13 +33,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     def make(*prompts: Prompt, places: int, **options: int) -> Engine:
         tiny.write(tmp_path, *prompts)
         budget = pool_bytes(tiny.config(), torch.float32, places)
-        engine = Engine(
-            tiny.model(),
-            tiny.tokenizer(),
-            tiny.backbone().fingerprint,
-            tmp_path,
-            EngineOptions(prompt_device_bytes=budget, **options),  # type: ignore[arg-type]
-        )
+        engine = tiny.engine(tmp_path, EngineOptions(prompt_device_bytes=budget, **options))  # type: ignore[arg-type]
         engine.start()
         engines.append(engine)
         return engine
@@ -98,13 +92,18 @@ def test_a_thousand_tasks_are_served_with_places_for_64(start: Start) -> None:
     assert stats.host_bytes <= 100 * PROMPT_BYTES
 
 
+def blob(engine: Engine, name: str) -> Path:
+    """The file of the version that a task stands for."""
+    return engine._registry.listed(name).source.path
+
+
 def blocked(engine: Engine, monkeypatch: pytest.MonkeyPatch, name: str) -> tuple[threading.Event, threading.Event]:
     """Reading this task's file begins (first event) and then waits (for the second)."""
     begun, go_on = threading.Event(), threading.Event()
     read = engine._loader._read
 
     def slow(source: PromptSource) -> Prompt:
-        if source.path.stem == name:
+        if source.path == blob(engine, name):
             begun.set()
             assert go_on.wait(30)
         return read(source)
@@ -146,22 +145,23 @@ def test_a_cancelled_request_leaves_nothing_behind(start: Start, monkeypatch: py
     assert not any(version.in_use for version in engine._tiers._versions.values())
 
 
-def test_a_file_damaged_after_the_start_harms_its_own_task_only(start: Start, tmp_path: Path) -> None:
+def test_a_file_damaged_after_the_start_harms_its_own_task_only(start: Start) -> None:
     engine = start(small("a", 1), small("b", 2), places=2, prompt_host_bytes=0)
-    (tmp_path / "a.safetensors").write_bytes(b"garbage")
+    blob(engine, "a").write_bytes(b"garbage")
     bad, good = engine.submit(ask("a")), engine.submit(ask("b"))
     with pytest.raises(PromptQuarantined, match="invalid_prompt_file"):
         bad.result(30)
     assert good.result(30)
-    tiny.write(tmp_path, small("a", 1))
+    blob(engine, "a").write_bytes(write_prompt(small("a", 1)))
     assert engine.submit(ask("a")).result(30)
 
 
 def test_another_version_in_the_file_is_not_served_as_this_one(start: Start, tmp_path: Path) -> None:
     engine = start(small("a", 1), places=1, prompt_host_bytes=0)
-    tiny.write(tmp_path, small("a", 2))
+    blob(engine, "a").write_bytes(write_prompt(small("a", 2)))
     with pytest.raises(PromptQuarantined, match="prompt_digest_mismatch"):
         engine.submit(ask("a")).result(30)
+    tiny.write(tmp_path, small("a", 2))
     engine.reload()
     assert engine.submit(ask("a")).result(30).prompt.sha256 == small("a", 2).digest
 
@@ -186,20 +186,24 @@ def test_the_backbone_alone_is_served_without_any_place(start: Start) -> None:
     assert {status.name: status.state for status in engine.tasks()} == {"a": "refused", "plain": "ready"}
 
 
+def pin(engine: Engine, name: str, pinned: bool = True) -> None:
+    engine.prompts.set_pinned(name, pinned, author="local")
+
+
 def test_a_pin_follows_its_name_to_a_new_version(start: Start, tmp_path: Path) -> None:
     engine = start(small("a", 1), small("b", 2), places=2)
-    engine.pin("a")
+    pin(engine, "a")
     with pytest.raises(PinRefused):
-        engine.pin("b")
+        pin(engine, "b")
     with pytest.raises(PromptNotFound):
-        engine.pin("nobody")
+        pin(engine, "nobody")
     tiny.write(tmp_path, small("a", 3))
     engine.reload()
     statuses = {status.name: status for status in engine.tasks()}
     assert (statuses["a"].version, statuses["a"].pinned, statuses["b"].pinned) == (2, True, False)
     assert engine.submit(ask("a")).result(30)
-    engine.unpin("a")
-    engine.pin("b")
+    pin(engine, "a", False)
+    pin(engine, "b")
     assert not engine.tasks()[0].pinned
 
 

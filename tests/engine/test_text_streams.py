@@ -28,7 +28,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         tiny.prompt("choice", kind="answer", seed=5, answers=("dog", "cat", "red bird")),
         tiny.prompt("where", kind="box", seed=6),
     )
-    started = Engine(tiny.model(), tiny.tokenizer(), tiny.backbone().fingerprint, folder)
+    started = tiny.engine(folder)
     started.start()
     yield started
     started.stop(2.0)

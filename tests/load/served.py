@@ -155,7 +155,7 @@ def served(
 ) -> Iterator[Served]:
     """Serve these prompts on a free port; `around` wraps the application."""
     tiny.write(folder, *prompts)
-    engine = Engine(tiny.model(), tiny.tokenizer(), tiny.backbone().fingerprint, folder, options)
+    engine = tiny.engine(folder, options)
     engine.start()
     try:
         application = build_app(engine, settings or Settings(queue_size=options.queue_size), "tiny")

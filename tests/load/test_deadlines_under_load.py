@@ -66,7 +66,7 @@ def requests(count: int) -> list[tuple[float, Request]]:
 @pytest.fixture
 def engine(tmp_path: Path) -> Iterator[Engine]:
     tiny.write(tmp_path, tiny.prompt("a", image_size=None, decoding=GREEDY), tiny.prompt("b", seed=1, image_size=None))
-    engine = Engine(tiny.model(), tiny.tokenizer(), tiny.backbone().fingerprint, tmp_path, OPTIONS)
+    engine = tiny.engine(tmp_path, OPTIONS)
     engine.start()
     yield engine
     engine.stop(2.0)

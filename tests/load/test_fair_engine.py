@@ -42,7 +42,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         prompts = [tiny.prompt(name, seed=seed, image_size=None, decoding=SHORT) for seed, name in enumerate("ab")]
         tiny.write(tmp_path, *prompts)
         chosen = EngineOptions(**{"max_batch": BATCH, "queue_size": 64, "queue_per_key": 32, **options})
-        engine = Engine(tiny.model(), tiny.tokenizer(), tiny.backbone().fingerprint, tmp_path, chosen)
+        engine = tiny.engine(tmp_path, chosen)
         engine.start()
         engines.append(engine)
         return engine

@@ -142,7 +142,7 @@ def test_only_a_server_that_does_not_hear_of_it_does_all_the_work(
 @pytest.fixture
 def engine(tmp_path: Path) -> Iterator[Engine]:
     tiny.write(tmp_path, *(tiny.prompt(name, seed=seed, image_size=None) for seed, name in enumerate("abc")))
-    engine = Engine(tiny.model(), tiny.tokenizer(), tiny.backbone().fingerprint, tmp_path, OPTIONS)
+    engine = tiny.engine(tmp_path, OPTIONS)
     engine.start()
     yield engine
     engine.stop(2.0)

@@ -24,9 +24,11 @@ from promptmux_prompts import (
     PromptNonfinite,
     PromptShapeMismatch,
     Refusal,
+    Seed,
+    load_manifest,
     load_prompt,
     read_prompt,
-    scan_directory,
+    read_seeds,
     write_prompt,
 )
 from promptmux_prompts.importers.ofa import fold_generator, join_table, split_table
@@ -257,13 +259,33 @@ def test_a_directory_serves_the_good_and_explains_the_bad(tmp_path: Path) -> Non
     tiny.write(tmp_path, tiny.prompt("good"), tiny.prompt("fine", seed=2))
     (tmp_path / "broken.safetensors").write_bytes(GOOD[:50])
     (tmp_path / "renamed.safetensors").write_bytes(GOOD)
+    (tmp_path / "No Name.safetensors").write_bytes(GOOD)
     (tmp_path / "notes.txt").write_text("not a prompt")
-    found = list(scan_directory(tmp_path, shape=tiny.shape(), fingerprint=FINGERPRINT, dtype=torch.float32))
-    assert [entry.manifest.name for entry in found if isinstance(entry, Prompt)] == ["fine", "good"]
+    found = list(read_seeds(tmp_path, shape=tiny.shape(), fingerprint=FINGERPRINT, dtype=torch.float32))
+    seeds = {entry.name: entry for entry in found if isinstance(entry, Seed)}
+    assert list(seeds) == ["fine", "good", "renamed"]
+    assert (seeds["renamed"].data, seeds["renamed"].prompt.digest) == (GOOD, tiny.prompt().digest)
     assert {entry.name: entry.code for entry in found if isinstance(entry, Refusal)} == {
         "broken": "invalid_prompt_file",
-        "renamed": "invalid_prompt_file",
+        "No Name": "invalid_prompt_file",
     }
+
+
+def test_a_manifest_is_read_without_its_tensors_and_checked_as_with_them(tmp_path: Path) -> None:
+    [path] = tiny.write(tmp_path, tiny.prompt()).glob("*.safetensors")
+    assert load_manifest(path, shape=tiny.shape(), fingerprint=FINGERPRINT) == tiny.prompt().manifest
+    with pytest.raises(PromptBackboneMismatch):
+        load_manifest(path, shape=tiny.shape(), fingerprint="another")
+    path.write_bytes(GOOD[:-1])
+    with pytest.raises(InvalidPromptFile, match="fill the file"):
+        load_manifest(path, shape=tiny.shape(), fingerprint=FINGERPRINT)
+
+
+@pytest.mark.parametrize("value", ['{"x": "\\ud800"}', '{"x": ' + "[" * 40 + "]" * 40 + "}"], ids=["half", "deep"])
+def test_a_manifest_that_no_encoder_could_write_back_is_refused(value: str) -> None:
+    text = tiny.prompt().manifest.to_json().replace('"provenance":{}', f'"provenance":{value}')
+    with pytest.raises(InvalidPromptFile, match="strict JSON"):
+        Manifest.from_json(text)
 
 
 def test_a_manifest_survives_its_json() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import anyio
 from fastapi import FastAPI
@@ -12,7 +13,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from promptmux_server import __version__
+from promptmux_server.api.access import Access
 from promptmux_server.api.answering import Answerer
+from promptmux_server.api.conditions import LARGEST_PAGE, page
 from promptmux_server.api.desk import Desk
 from promptmux_server.api.documents import (
     PredictAnswer,
@@ -30,19 +33,14 @@ from promptmux_server.api.edge import Edge
 from promptmux_server.api.errors import handle
 from promptmux_server.api.fanout import Fanout
 from promptmux_server.api.keys import Keys
+from promptmux_server.api.lifecycle import Lifecycle
 from promptmux_server.api.metrics import Metrics
 from promptmux_server.api.predict import Predictor
+from promptmux_server.api.prompts import Prompts, add_prompts
 from promptmux_server.api.schemas import FanoutRequest, PredictItem, PredictRequest
 from promptmux_server.engine.request import EnginePort
 from promptmux_server.errors import BackendUnhealthy, Draining, PromptmuxError, PromptNotFound
 from promptmux_server.settings import Settings
-
-
-@dataclass
-class Lifecycle:
-    """Whether the process is on its way out; set by the signal handler, read by /readyz."""
-
-    draining: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,14 +85,30 @@ def build_app(engine: EnginePort, settings: Settings, backbone_name: str, keys: 
     async def fanout(request: Request) -> Response:
         return await fanning(request)
 
-    @app.get("/v1/tasks", summary="Every task, served or refused", responses=answers(TaskList))
-    async def tasks() -> JSONResponse:
-        memory = {name: asdict(account) for name, account in engine.load().budgets.items()}
-        return JSONResponse({"tasks": [asdict(status) for status in engine.tasks()], "memory": memory})
+    desk_of_prompts = Prompts(engine.prompts, lifecycle, metrics)
+    _add_tasks(app, engine, desk_of_prompts)
+    add_prompts(app, desk_of_prompts)
+    _add_health(app, engine, settings, lifecycle, backbone_name)
+    complete(app)
+    edge = Edge(app, settings, metrics, Access(app.routes, keys), engine.prompts.max_bytes)
+    return Application(edge, metrics, lifecycle)
+
+
+def _add_tasks(app: FastAPI, engine: EnginePort, desk: Prompts) -> None:
+    @app.get("/v1/tasks", summary="Tasks, served or refused", responses=answers(TaskList))
+    async def tasks(request: Request) -> JSONResponse:
+        after, limit = page(request, default=LARGEST_PAGE)
+        found = await desk.read(lambda: engine.tasks(after, limit + 1))
+        body: dict[str, Any] = {
+            "tasks": [asdict(status) for status in found[:limit]],
+            "memory": {name: asdict(account) for name, account in engine.load().budgets.items()},
+            "next": found[limit - 1].name if len(found) > limit else None,
+        }
+        return JSONResponse(body)
 
     @app.get("/v1/tasks/{name}", summary="One task", responses=answers(Task))
     async def task(name: str) -> JSONResponse:
-        status = engine.task(name)
+        status = await desk.read(lambda: engine.task(name))
         if status is None:
             raise PromptNotFound("No such task. GET /v1/tasks lists those that are served.", param="name")
         return JSONResponse(asdict(status))
@@ -102,10 +116,6 @@ def build_app(engine: EnginePort, settings: Settings, backbone_name: str, keys: 
     @app.post("/v1/tasks:reload", summary="Read the prompt directory again", responses=answers(Reload))
     async def reload() -> JSONResponse:
         return JSONResponse(asdict(await anyio.to_thread.run_sync(engine.reload)))
-
-    _add_health(app, engine, settings, lifecycle, backbone_name)
-    complete(app)
-    return Application(Edge(app, settings, metrics, keys), metrics, lifecycle)
 
 
 def _add_health(app: FastAPI, engine: EnginePort, settings: Settings, lifecycle: Lifecycle, backbone_name: str) -> None:

@@ -1,29 +1,23 @@
-"""What the routes that take questions share: reading a body, the limits of a call, and the two forms of a reply."""
+"""What the routes that take questions share: the limits of a call, and the two forms of a reply."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
 
-import anyio
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 from promptmux_server.api.answering import Answerer
 from promptmux_server.api.call import Call, CallItem
 from promptmux_server.api.errors import request_id_of
-from promptmux_server.api.json_body import decode_json
 from promptmux_server.api.leaving import unless_client_leaves
 from promptmux_server.api.rendering import answers_response
 from promptmux_server.api.schemas import CallOptions
 from promptmux_server.api.streaming import AnswerStream
-from promptmux_server.errors import ClientLeft, InvalidParameter, UnsupportedMediaType
+from promptmux_server.errors import InvalidParameter
 from promptmux_server.settings import Settings
-
-SMALL_BODY_BYTES = 4 * 1024
-"""Parsed at once: a turn of a thread would take longer than the half millisecond that this takes at most."""
 
 
 class Desk:
@@ -31,19 +25,6 @@ class Desk:
 
     def __init__(self, answerer: Answerer, settings: Settings) -> None:
         self._answerer, self._settings = answerer, settings
-
-    async def read(self, request: Request) -> Any:
-        """The parsed body; raises UnsupportedMediaType, MalformedJson or ClientLeft."""
-        content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if content_type != "application/json":
-            raise UnsupportedMediaType("Send the body as application/json.")
-        try:
-            body = await request.body()
-        except ClientDisconnect as error:
-            raise ClientLeft("The client left while sending.") from error
-        if len(body) <= SMALL_BODY_BYTES:
-            return decode_json(body)
-        return await anyio.to_thread.run_sync(decode_json, body)
 
     def check(self, options: CallOptions, count: int, param: str) -> None:
         """Raise InvalidParameter for more items, or a later deadline, than the settings allow."""

@@ -7,16 +7,16 @@ from typing import Annotated, Any, Literal
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 
-from promptmux_server.api.schemas import FanoutRequest, PredictRequest
+from promptmux_server.api.schemas import FanoutRequest, PredictRequest, RollbackRequest
 
 REF = "#/components/schemas/{model}"
 
 
-class _Document(BaseModel):
+class Document(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class ErrorObject(_Document):
+class ErrorObject(Document):
     """What went wrong: `code` is stable, `message` is for people."""
 
     code: str
@@ -25,9 +25,11 @@ class ErrorObject(_Document):
     param: str | None
     request_id: str
     retryable: bool
+    details: dict[str, Any] | None = None
+    """For programs; only of errors that have some, such as `canary_failed`."""
 
 
-class ErrorBody(_Document):
+class ErrorBody(Document):
     """RFC 9457 problem details around OpenAI's `error` object."""
 
     type: str
@@ -38,23 +40,23 @@ class ErrorBody(_Document):
     error: ErrorObject
 
 
-class TextOutput(_Document):
+class TextOutput(Document):
     kind: Literal["caption", "answer", "text"]
     text: str
 
 
-class LabelOutput(_Document):
+class LabelOutput(Document):
     kind: Literal["label"]
     label: str
     probabilities: dict[str, float]
 
 
-class BoxOutput(_Document):
+class BoxOutput(Document):
     kind: Literal["box"]
     box: list[float] = Field(min_length=4, max_length=4, description="x0, y0, x1, y1 in pixels of the image sent.")
 
 
-class PromptVersion(_Document):
+class PromptVersion(Document):
     """The immutable prompt version that answered."""
 
     name: str
@@ -62,7 +64,7 @@ class PromptVersion(_Document):
     sha256: str
 
 
-class AnsweredItem(_Document):
+class AnsweredItem(Document):
     id: str
     task: str
     output: Annotated[TextOutput | LabelOutput | BoxOutput, Field(discriminator="kind")]
@@ -71,25 +73,25 @@ class AnsweredItem(_Document):
     timings_ms: dict[str, float]
 
 
-class FailedItem(_Document):
+class FailedItem(Document):
     id: str
     task: str
     error: ErrorObject
 
 
-class PredictAnswer(_Document):
+class PredictAnswer(Document):
     """Answers in the order of the items; one that failed carries `error` in place of `output`."""
 
     request_id: str
     answers: list[AnsweredItem | FailedItem]
 
 
-class Reason(_Document):
+class Reason(Document):
     code: str
     message: str
 
 
-class Task(_Document):
+class Task(Document):
     """Served (`ready`), or known and not served (`refused`) for the reason in `error`."""
 
     name: str
@@ -104,6 +106,9 @@ class Task(_Document):
     takes_premise: bool
     takes_image: bool
     metric: dict[str, Any] | None
+    provenance: dict[str, Any] | None
+    author: str | None
+    created: str | None
     hits: int
     tier: Literal["device", "host", "disk"]
     pinned: bool
@@ -111,21 +116,24 @@ class Task(_Document):
     error: Reason | None
 
 
-class Memory(_Document):
+class Memory(Document):
     """One of the engine's memories: bytes handed out, and the most there is."""
 
     used_bytes: int
     budget_bytes: int
 
 
-class TaskList(_Document):
+class TaskList(Document):
+    """By name; `next` is the last of them if more follow, to be sent as `after`."""
+
     tasks: list[Task]
+    next: str | None
     memory: dict[str, Memory]
     """`decode_cache`, `cross_memory`, `image_cache`, `prompts_device`, `prompts_host`."""
 
 
-class Reload(_Document):
-    """What reading the prompt directory again has changed, by task name."""
+class Reload(Document):
+    """What reading the prompt directory and the registry again has changed, by task name."""
 
     added: list[str]
     changed: list[str]
@@ -134,11 +142,11 @@ class Reload(_Document):
     refused: dict[str, Reason]
 
 
-class Status(_Document):
+class Status(Document):
     status: Literal["ok"]
 
 
-class Version(_Document):
+class Version(Document):
     version: str
     backbone: str
 
@@ -179,7 +187,7 @@ def takes(*models: type[BaseModel]) -> dict[str, Any]:
 
 def complete(app: FastAPI) -> None:
     """Add the request models to the document, which FastAPI makes of the routes alone; call it after the last one."""
-    for model in (PredictRequest, FanoutRequest):
+    for model in (PredictRequest, FanoutRequest, RollbackRequest):
         schema = model.model_json_schema(ref_template=REF)
-        parts = schema.pop("$defs")
+        parts = schema.pop("$defs", {})
         app.openapi()["components"]["schemas"] |= {**parts, model.__name__: schema}

@@ -16,16 +16,11 @@ from collections.abc import Iterable
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from promptmux_server.api.access import Access
 from promptmux_server.api.errors import as_promptmux_error, error_response
-from promptmux_server.api.keys import Keys
 from promptmux_server.api.metrics import Metrics, route_of
 from promptmux_server.errors import BadRequest, BodyTooLarge, ClientLeft, Draining, HeaderTooLarge
 from promptmux_server.settings import Settings
-
-OPEN_ROUTES = frozenset({"/livez", "/readyz"})
-"""Answered without a key."""
-ADMIN_ROUTES = frozenset({"/v1/tasks:reload"})
-"""Answered to keys of scope `admin` only."""
 
 WORTH_READING = 64 * 1024
 """Bytes of an unwanted body that are read and dropped to keep its connection open."""
@@ -43,8 +38,11 @@ Headers = Iterable[tuple[bytes, bytes]]
 class Edge:
     """Wraps the application; see the module's header."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, keys: Keys | None) -> None:
-        self._app, self._settings, self._metrics, self._keys = app, settings, metrics, keys
+    def __init__(
+        self, app: ASGIApp, settings: Settings, metrics: Metrics, access: Access, max_prompt_bytes: int
+    ) -> None:
+        self._app, self._settings, self._metrics, self._access = app, settings, metrics, access
+        self._max_prompt_bytes = max_prompt_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -54,7 +52,7 @@ class Edge:
         request_id = _request_id(scope["headers"])
         scope["promptmux.request_id"] = request_id
         status = 499  # unless an answer is begun: then the client has left
-        counted = _CappedBody(scope["headers"], receive, self._settings.max_body_bytes)
+        counted = _CappedBody(scope["headers"], receive)
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -66,7 +64,7 @@ class Edge:
             await send(message)
 
         try:
-            self._check(scope)
+            counted.limit = self._check(scope)
             await self._app(scope, counted, answer)
         except Exception as error:  # ours from the checks above; others have been answered and come by to be seen
             if status == 499 and not isinstance(error, ClientLeft):
@@ -87,24 +85,29 @@ class Edge:
                 ms=round(1000 * seconds, 1),
             )
 
-    def _check(self, scope: Scope) -> None:
+    def _check(self, scope: Scope) -> int:
+        """Bytes that the body may have; raises what refuses the request before any of them is read."""
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         size = len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(k) + len(v) + 4 for k, v in headers)
         if size > self._settings.max_header_bytes:
             raise HeaderTooLarge(f"Request line and headers exceed {self._settings.max_header_bytes} bytes.")
-        if self._keys is not None and scope["path"] not in OPEN_ROUTES:
-            scope["promptmux.key"] = self._keys.check(headers, admin=scope["path"] in ADMIN_ROUTES)
-        if self._settings.max_body_bytes < _declared_size(headers) < math.inf:
-            raise BodyTooLarge(f"The body exceeds {self._settings.max_body_bytes} bytes.")
+        rule, scope["promptmux.key"] = self._access.check(scope)
+        limit = self._max_prompt_bytes if rule.takes_prompt else self._settings.max_body_bytes
+        if limit < _declared_size(headers) < math.inf:
+            raise BodyTooLarge(f"The body exceeds {limit} bytes.")
         if any(name == b"content-encoding" and value.lower() not in (b"", b"identity") for name, value in headers):
             raise BadRequest("Compressed bodies are not accepted.")
+        return limit
 
 
 class _CappedBody:
     """Counts the bytes of a body as they come in; raises BodyTooLarge at the first too many."""
 
-    def __init__(self, headers: Headers, receive: Receive, limit: int) -> None:
-        self._receive, self._left = receive, limit
+    limit = 0
+    """Set once the request has been let in; until then nothing is read."""
+
+    def __init__(self, headers: Headers, receive: Receive) -> None:
+        self._receive, self._read = receive, 0
         self._unread = _declared_size(headers)
 
     @property
@@ -116,9 +119,9 @@ class _CappedBody:
         message = await self._receive()
         if message["type"] == "http.request":
             size = len(message.get("body", b""))
-            self._left -= size
+            self._read += size
             self._unread = self._unread - size if message.get("more_body") else 0
-            if self._left < 0:
+            if self._read > self.limit:
                 raise BodyTooLarge("The body is larger than this server accepts.")
         return message
 

@@ -18,21 +18,46 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from promptmux_prompts import PromptFileError
+from promptmux_prompts import PromptFileError, StoreError
+from promptmux_server.api.access import allowed_methods
 from promptmux_server.errors import (
     BadRequest,
     Internal,
+    InvalidParameter,
     MethodNotAllowed,
     PromptmuxError,
+    PromptNotFound,
+    PromptQuarantined,
     PromptRefused,
+    RegistryFull,
     RouteNotFound,
+    StorageFailed,
+    StorageFull,
+    VersionMismatch,
+    VersionNotFound,
 )
 
 MAX_MESSAGE = 300
 MAX_RETRY_AFTER_S = 30
 
+MAX_DETAILS_BYTES = 2048
+"""The body with everything else stays below 4 KiB."""
+
 _REFUSALS: list[type[PromptRefused]] = [PromptRefused, *PromptRefused.__subclasses__()]
-_PROMPT_ERRORS = {refusal.code: refusal for refusal in _REFUSALS}
+_PROMPT_ERRORS: dict[str, type[PromptmuxError]] = {refusal.code: refusal for refusal in _REFUSALS}
+_STORE_ERRORS: dict[str, type[PromptmuxError]] = {
+    error.code: error
+    for error in (
+        InvalidParameter,
+        PromptNotFound,
+        VersionNotFound,
+        VersionMismatch,
+        RegistryFull,
+        StorageFull,
+        StorageFailed,
+        PromptQuarantined,
+    )
+}
 
 log = structlog.get_logger(__name__)
 
@@ -49,6 +74,8 @@ def as_promptmux_error(error: BaseException) -> PromptmuxError:
         return error
     if isinstance(error, PromptFileError):
         return _PROMPT_ERRORS[error.code](str(error))
+    if isinstance(error, StoreError):
+        return _STORE_ERRORS[error.code](str(error))
     if isinstance(error, HTTPException):
         if error.status_code == http.HTTPStatus.NOT_FOUND:
             return RouteNotFound("There is no such route; see /openapi.json.")
@@ -60,7 +87,7 @@ def as_promptmux_error(error: BaseException) -> PromptmuxError:
 
 def error_object(error: PromptmuxError, request_id: str) -> dict[str, Any]:
     """The `error` member of an answer or of one item."""
-    return {
+    written: dict[str, Any] = {
         "code": error.code,
         "message": error.message[:MAX_MESSAGE],
         "type": "invalid_request_error" if error.status < 500 else "server_error",
@@ -68,6 +95,9 @@ def error_object(error: PromptmuxError, request_id: str) -> dict[str, Any]:
         "request_id": request_id,
         "retryable": error.retryable,
     }
+    if error.details is not None and len(json.dumps(error.details)) <= MAX_DETAILS_BYTES:
+        written["details"] = dict(error.details)
+    return written
 
 
 def error_response(error: PromptmuxError, request_id: str, headers: Mapping[str, str] | None = None) -> Response:
@@ -100,5 +130,7 @@ async def handle(request: Request, error: Exception) -> Response:
     known = as_promptmux_error(error)
     if isinstance(known, Internal):
         log.error("request failed", request_id=request_id_of(request.scope), exc_info=error)
-    allowed = getattr(error, "headers", None) if isinstance(known, MethodNotAllowed) else None
+    allowed = None
+    if isinstance(known, MethodNotAllowed):
+        allowed = {"Allow": ", ".join(allowed_methods(request.app.routes, request.scope))}
     return error_response(known, request_id_of(request.scope), allowed)

@@ -1,5 +1,6 @@
-"""Bearer keys: who may ask, who may change, and whose name stands for whom. Only digests are kept, and all are compared
-in constant time. What a weight does is the engine's.
+"""Bearer keys: whose they are, and which scopes they have. Only digests are kept; all are compared in constant time.
+
+Which route asks for which scope is `access.py`'s; what a weight does is the engine's.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self, get_args
 
-from promptmux_server.errors import Forbidden, Unauthorized
+from promptmux_server.errors import Unauthorized
 
-SCOPES = frozenset({"infer", "admin"})
+KeyScope = Literal["infer", "eval", "admin"]
+"""Ask; run evaluations; change what is served. None includes another."""
+SCOPES = frozenset(get_args(KeyScope))
 MIN_WEIGHT, MAX_WEIGHT = 0.01, 100.0
 
 _LINE = re.compile(
@@ -67,11 +70,8 @@ class Keys:
             raise KeyFileError("the key file holds no key")
         return cls(keys)
 
-    def check(self, headers: Iterable[tuple[bytes, bytes]], *, admin: bool) -> str:
-        """The name of the key that was sent.
-
-        Raises Unauthorized unless it is exactly one known key, Forbidden if its scope does not reach.
-        """
+    def identify(self, headers: Iterable[tuple[bytes, bytes]]) -> Key:
+        """What the key that was sent grants; raises Unauthorized unless it is exactly one known key."""
         given = [value for name, value in headers if name == b"authorization"]
         found: Key | None = None
         if len(given) == 1 and given[0][:7].lower() == b"bearer ":
@@ -81,9 +81,7 @@ class Keys:
                     found = key
         if found is None:
             raise Unauthorized("Send a key of this server as `Authorization: Bearer KEY`.")
-        if ("admin" if admin else "infer") not in found.scopes:
-            raise Forbidden("This key's scope does not reach this route.")
-        return found.name
+        return found
 
     def weights(self) -> dict[str, float]:
         """The weight of each name."""

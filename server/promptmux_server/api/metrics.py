@@ -1,4 +1,7 @@
-"""Prometheus metrics, on a registry of their own. Labels come from closed sets: routes, and tasks that are served."""
+"""Prometheus metrics, on a registry of their own. Labels come from closed sets: routes, error codes, and tasks.
+
+Of these, the first `MAX_TASKS` that are asked: each is some ninety series, and a scrape is to stay below 1 MB.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from promptmux_server.engine.request import EnginePort, PromptPoolStats
 
 BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 OTHER = "other"
+MAX_TASKS = 64
 
 
 class Metrics:
@@ -37,6 +41,11 @@ class Metrics:
             buckets=BUCKETS_S,
             registry=self.registry,
         )
+        self._publishes = Counter(
+            "promptmux_prompt_publishes", "Publications, by outcome.", ["outcome"], registry=self.registry
+        )
+        self._tasks: set[str] = set()
+        """Those that are labels of their own."""
         self.registry.register(_LoadCollector(engine))
 
     def http(self, scope: Scope, status: int, seconds: float) -> None:
@@ -47,10 +56,21 @@ class Metrics:
 
     def item(self, task: str, outcome: str, timings_ms: Mapping[str, float]) -> None:
         """Count one item: `outcome` is "ok" or an error code; names that are not served count as one task."""
-        label = task if self._engine.task(task) is not None else OTHER
+        label = self._label(task)
         self._items.labels(label, outcome).inc()
         for stage, milliseconds in timings_ms.items():
             self._stages.labels(label, stage).observe(milliseconds / 1000.0)
+
+    def published(self, outcome: str) -> None:
+        """Count one publication: `outcome` is "ok", "unchanged" or an error code."""
+        self._publishes.labels(outcome).inc()
+
+    def _label(self, task: str) -> str:
+        if task not in self._tasks:
+            if len(self._tasks) == MAX_TASKS or self._engine.inputs(task) is None:
+                return OTHER
+            self._tasks.add(task)
+        return task
 
 
 def route_of(scope: Scope) -> str:
@@ -88,6 +108,12 @@ class _LoadCollector(Collector):
             errors.add_metric([stage], ratio)
         yield errors
         yield from _prompt_metrics(load.prompts)
+        names = load.registry
+        yield GaugeMetricFamily("promptmux_prompts_registered", "Names that are served.", value=names.names)
+        yield GaugeMetricFamily("promptmux_prompts_quarantined", "Names known and not served.", value=names.quarantined)
+        yield CounterMetricFamily(
+            "promptmux_prompt_nonfinite_rollbacks", "Versions taken back for their numbers.", value=names.rolled_back
+        )
 
 
 def _prompt_metrics(prompts: PromptPoolStats) -> Iterator[Metric]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
+from promptmux_server.api.body import read_json
 from promptmux_server.api.call import CallItem
 from promptmux_server.api.desk import Desk
 from promptmux_server.api.pictures import Picture
@@ -18,7 +19,7 @@ class Predictor:
         self._desk = desk
 
     async def __call__(self, request: Request) -> Response:
-        asked = parse_predict(await self._desk.read(request))
+        asked = parse_predict(await read_json(request))
         self._desk.check(asked, len(asked.items), "items")
         return await self._desk.reply(request, asked, (_item(i, item) for i, item in enumerate(asked.items)))
 

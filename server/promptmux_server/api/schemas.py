@@ -85,6 +85,12 @@ class FanoutRequest(CallOptions):
     premise: str | None = Field(None, max_length=MAX_TEXT, description="For every task that takes a premise.")
 
 
+class RollbackRequest(_Strict):
+    """Where to; nothing means the newest good version below the present one."""
+
+    version: int | None = Field(None, ge=1, le=999_999_999)
+
+
 _PREDICT_FIELDS = PredictItem.model_fields.keys() | PredictRequest.model_fields.keys() | Decoding.model_fields.keys()
 _FANOUT_FIELDS = FanoutTask.model_fields.keys() | FanoutRequest.model_fields.keys() | Decoding.model_fields.keys()
 
@@ -106,6 +112,14 @@ def parse_fanout(raw: Any) -> FanoutRequest:
         return FanoutRequest.model_validate(raw)
     except ValidationError as error:
         _explain(error, _FANOUT_FIELDS)
+
+
+def parse_rollback(raw: Any) -> RollbackRequest:
+    """The same for the body of a rollback."""
+    try:
+        return RollbackRequest.model_validate(raw)
+    except ValidationError as error:
+        _explain(error, RollbackRequest.model_fields.keys())
 
 
 def decoding_of(question: PredictItem | FanoutTask) -> dict[str, Any] | None:

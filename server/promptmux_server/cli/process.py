@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import structlog
 import torch
 
 from promptmux_kernels import prepare
+from promptmux_prompts import Store
 from promptmux_server.api.app import build_app
 from promptmux_server.api.keys import Keys
 from promptmux_server.api.serving import serve
@@ -60,7 +60,7 @@ def build_engine(settings: Settings, key_weights: Mapping[str, float]) -> tuple[
         assemble(backbone, dtype=dtype, device=device, packed=True),
         tokenizer,
         backbone.fingerprint,
-        prompt_directory(settings),
+        Store.open(settings.state / "registry", keep_versions=settings.kept_versions, max_names=settings.max_prompts),
         EngineOptions(
             max_batch=settings.max_batch,
             queue_size=settings.queue_size,
@@ -72,25 +72,22 @@ def build_engine(settings: Settings, key_weights: Mapping[str, float]) -> tuple[
             cross_memory_bytes=settings.cross_memory_bytes,
             prompt_device_bytes=settings.prompt_device_bytes,
             prompt_host_bytes=settings.prompt_host_bytes,
+            fall_back=settings.allow_quarantined_fallback,
+            nonfinite_limit=settings.nonfinite_limit,
             deterministic=settings.deterministic,
             warm_up=True,
         ),
+        seeds=prompt_directory(settings),
     )
     return engine, config.name
 
 
 def prompt_directory(settings: Settings) -> Path:
-    """The directory asked for; by default the shipped prompts, copied once to where they may be changed."""
-    if settings.prompts is not None:
-        if not settings.prompts.is_dir():
-            raise BackboneNotFound(f"There is no prompt directory {settings.prompts}.")
-        return settings.prompts
-    own = settings.state / "prompts"
-    own.mkdir(parents=True, exist_ok=True)
-    for shipped in sorted(LIBRARY.glob("*.safetensors")):
-        if not (own / shipped.name).exists():
-            shutil.copyfile(shipped, own / shipped.name)
-    return own
+    """The directory whose files are taken up: the one asked for, or that of the shipped prompts."""
+    directory = LIBRARY if settings.prompts is None else settings.prompts
+    if not directory.is_dir():
+        raise BackboneNotFound(f"There is no prompt directory {directory}.")
+    return directory
 
 
 def configure_logging() -> None:

@@ -42,7 +42,7 @@ class Admission:
             raise InvalidParameter("This task takes no picture: leave `image` out.", param="image")
         params = spec.decoding.merged(request.decoding or {})
         item = encode_item(spec, self._tokenizer, request.text, request.premise)
-        self._check_lengths(item, params)
+        check_lengths(item, params, self._limit)
         alone = self._deterministic or request.deterministic
         picture = None
         if request.image is not None:
@@ -59,7 +59,9 @@ class Admission:
             )
         return ticket
 
-    def _check_lengths(self, item: EncodedItem, params: DecodingParams) -> None:
-        longest = max((len(answer) for answer in item.candidates or ()), default=params.max_length) + 1
-        if len(item.source_ids) > self._limit or len(item.prefix_ids) + longest > self._limit:
-            raise InvalidParameter(f"The text is too long for this backbone's {self._limit} positions.", param="text")
+
+def check_lengths(item: EncodedItem, params: DecodingParams, limit: int) -> None:
+    """Raise InvalidParameter for an item whose source, or longest answer, has no place among `limit` positions."""
+    longest = max((len(answer) for answer in item.candidates or ()), default=params.max_length) + 1
+    if len(item.source_ids) > limit or len(item.prefix_ids) + longest > limit:
+        raise InvalidParameter(f"The text is too long for this backbone's {limit} positions.", param="text")

@@ -14,11 +14,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from weakref import ref
 
 import torch
 
+from promptmux_prompts import Prompt, Store
 from promptmux_server.backbone.cache import DecodeCache
 from promptmux_server.backbone.memory_pool import MemoryPool
 from promptmux_server.backbone.model import OFA
@@ -27,6 +29,7 @@ from promptmux_server.engine.admission import Admission
 from promptmux_server.engine.cost_model import CostModel, Stage, WorkSize
 from promptmux_server.engine.decoding import NonFiniteLogits
 from promptmux_server.engine.device_faults import is_device_lost, is_out_of_memory
+from promptmux_server.engine.keeper import Keeper
 from promptmux_server.engine.memory import DecodingMemory
 from promptmux_server.engine.options import EngineOptions
 from promptmux_server.engine.pictures import Pictures
@@ -36,10 +39,15 @@ from promptmux_server.engine.prompt_loader import PromptLoader
 from promptmux_server.engine.prompt_table import PromptPools
 from promptmux_server.engine.prompt_tiers import PromptTiers
 from promptmux_server.engine.prompt_versions import Lease
+from promptmux_server.engine.publisher import Publisher
 from promptmux_server.engine.registry import Registry
-from promptmux_server.engine.request import Answer, Budget, EngineLoad, ReloadReport, Request, TaskStatus
+from promptmux_server.engine.rehearsal import Rehearsal
+from promptmux_server.engine.rehearsals import Rehearsals
+from promptmux_server.engine.request import Answer, Budget, EngineLoad, ReloadReport, Request, TaskInputs, TaskStatus
 from promptmux_server.engine.runner import RunningBatch
 from promptmux_server.engine.scheduler import FairQueue, QueueLimits
+from promptmux_server.engine.shelf import Shelf
+from promptmux_server.engine.task_specs import TaskSpecs
 from promptmux_server.engine.ticket import Ticket
 from promptmux_server.engine.warm_up import warm_up
 from promptmux_server.errors import (
@@ -51,7 +59,7 @@ from promptmux_server.errors import (
     Overloaded,
     PromptmuxError,
 )
-from promptmux_server.tasks import decode_outcome
+from promptmux_server.tasks import TaskSpec, decode_outcome
 
 log = logging.getLogger(__name__)
 
@@ -60,27 +68,34 @@ IDLE_S = 0.5
 
 
 class Engine:
-    """Serves the tasks of a prompt directory on one backbone; every public method may be called from any thread."""
+    """Serves the prompts of one store on one backbone; every public method may be called from any thread."""
 
     def __init__(
         self,
         model: OFA,
         tokenizer: Tokenizer,
         fingerprint: str,
-        prompts: Path,
+        store: Store,
         options: EngineOptions | None = None,
+        *,
+        seeds: Path | None = None,
     ) -> None:
+        """`seeds`: a directory of prompt files to take up at the start and at each reload."""
         options = options or EngineOptions()
         self._model, self._tokenizer, self._options = model, tokenizer, options
         limits = QueueLimits(options.queue_size, options.queue_per_key, options.queue_per_task)
         self._queue: FairQueue[Ticket] = FairQueue(limits, options.key_weights, random.Random())
         self._costs = CostModel()
-        files = PromptFiles.of(prompts, model.config, fingerprint, model.dtype)
+        files = PromptFiles.of(model.config, fingerprint, model.dtype)
         self._pools = PromptPools(model.config, model.dtype, model.device, options.prompt_device_bytes)
         copies = PromptCopies(self._pools)
         self._tiers = PromptTiers(self._pools, copies, options.prompt_host_bytes, options.max_batch)
         self._loader = PromptLoader(self._tiers, copies, files.read, self._queue.wake)
-        self._registry = Registry(files, model.config, self._tiers)
+        shelf = Shelf(store, files, TaskSpecs(files, model.config))
+        self._registry = Registry(shelf.specs, self._tiers)
+        self._publisher = Publisher(shelf, self._registry, self._rehearse, seeds)
+        self._keeper = Keeper(self._publisher.roll_back_nonfinite, store.collect, options.nonfinite_limit)
+        self._rehearsals = Rehearsals(self._queue.wake)
         self._pictures = Pictures(model, options.image_cache_bytes, self._queue.wake)
         self._slot_bytes = DecodeCache.bytes_per_slot(model.config, model.dtype)
         self._place_bytes = MemoryPool.bytes_per_place(model.config, model.dtype, model.device)
@@ -99,11 +114,11 @@ class Engine:
     # -- the door ---------------------------------------------------------------------------------------------------
 
     def start(self) -> ReloadReport:
-        """Read the prompt directory and begin to serve."""
-        report = self._registry.reload()
-        self._loader.start()
-        self._thread.start()
-        return report
+        """Recover what is stored, take up what is new in the prompt directory, and begin to serve."""
+        self._publisher.follower.recover(fall_back=self._options.fall_back)
+        for part in (self._loader, self._thread, self._keeper):
+            part.start()
+        return self.reload()
 
     def submit(self, request: Request) -> Future[Answer]:
         """Admit one request; see `EnginePort.submit` for what it raises."""
@@ -143,22 +158,29 @@ class Engine:
             self._queue.discard(ticket)
         self._tiers.cancel(lease)
 
-    def pin(self, name: str) -> None:
-        """Keep a task's prompt on the device; raises PromptNotFound, PromptQuarantined or PinRefused."""
-        self._registry.pin(name)
+    @property
+    def prompts(self) -> Publisher:
+        return self._publisher
 
-    def unpin(self, name: str) -> None:
-        """Let a task's prompt leave the device again; raises PromptNotFound or PromptQuarantined."""
-        self._registry.unpin(name)
+    def _rehearse(self, prompt: Prompt, spec: TaskSpec) -> None:
+        """Prepare a prompt's rehearsal on this thread, have it played between the requests' passes, and wait for it."""
+        rehearsal = Rehearsal(self._model, self._tokenizer, prompt, spec, self._memory.fits)
+        try:
+            self._rehearsals.run(rehearsal.passes())
+        except Exception as error:
+            raise _error(error) from error
 
-    def tasks(self) -> list[TaskStatus]:
-        return self._registry.statuses()
+    def inputs(self, task: str) -> TaskInputs | None:
+        return self._registry.inputs(task)
+
+    def tasks(self, after: str = "", limit: int | None = None) -> list[TaskStatus]:
+        return self._registry.statuses(after, limit)
 
     def task(self, name: str) -> TaskStatus | None:
         return self._registry.status(name)
 
     def reload(self) -> ReloadReport:
-        return self._registry.reload()
+        return self._publisher.follower.reload()
 
     def ready(self) -> bool:
         return self._warm and self.live() and not self._stopping
@@ -196,6 +218,7 @@ class Engine:
                 "prompts_host": Budget(prompts.host_bytes, prompts.host_budget_bytes),
             },
             cost_errors={str(stage): ratio for stage, ratio in self._costs.error_ratios.items()},
+            registry=replace(self._registry.stats(), rolled_back=self._publisher.rolled_back),
         )
 
     def stop(self, drain_timeout_s: float) -> None:
@@ -206,8 +229,9 @@ class Engine:
         if self._thread.ident is not None:
             self._thread.join(drain_timeout_s + 5.0)
         self._pictures.close()
-        self._loader.close()
         self._drain()
+        self._keeper.close()
+        self._loader.close()
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
@@ -217,7 +241,7 @@ class Engine:
             if self._options.warm_up:
                 warm_up(self._model, self._batch, self._memory, self._costs)
             self._warm = True
-            while not self._stopping or self._running or len(self._queue):
+            while not self._stopping or self._running or len(self._queue) or len(self._rehearsals):
                 self._last_turn = time.monotonic()
                 self._turn()
         except Exception as error:
@@ -227,12 +251,14 @@ class Engine:
             self._fail_all(BackendUnhealthy, "The device failed; the server restarts.", retry_after_s=10)
 
     def _turn(self) -> None:
-        """Nobody waits in vain; who fits joins; everyone in the batch takes one step."""
+        """Nobody waits in vain; who fits joins; everyone in the batch takes one step, and so does a rehearsal."""
         self._let_go()
         room = self._options.max_batch - len(self._running)
         self._join(self._queue.take(room, self._options.joining_ms, self._may_join))
+        self._rehearsals.step()
         if not self._running:
-            self._queue.wait(min(IDLE_S, self._queue.until_next_deadline(time.monotonic())))
+            if not len(self._rehearsals):
+                self._queue.wait(min(IDLE_S, self._queue.until_next_deadline(time.monotonic())))
             return
         self._guarded(self._step, list(self._running.values()))
         self._settle()
@@ -342,6 +368,7 @@ class Engine:
 
     def _fail_all(self, kind: type[PromptmuxError], message: str, retry_after_s: int) -> None:
         """End whatever waits or runs; rows leave the batch at the next turn, if there is one."""
+        self._rehearsals.close(lambda: kind(message, retry_after_s=retry_after_s))
         for ticket in [*self._queue.clear(), *self._running.values()]:
             ticket.fail(kind(message, retry_after_s=retry_after_s))
 
@@ -350,11 +377,14 @@ class Engine:
         for row in self._batch.live_rows:
             self._running[row].text.step()
         for row, error in self._batch.take_failed().items():
+            if isinstance(error, NonFiniteLogits):
+                self._keeper.nonfinite(self._running[row].task.ref)
             self._running[row].fail(_error(error))
             self._drop([self._running[row]])
         for row in self._batch.take_finished():
             ticket = self._running[row]
             self._costs.learn_steps(ticket.request.task, ticket.steps)
+            self._keeper.finite(ticket.task.ref)
             try:
                 answer = self._answer(ticket)
             except PromptmuxError as error:

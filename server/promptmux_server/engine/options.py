@@ -27,6 +27,10 @@ class EngineOptions:
     prompt_device_bytes: int | None = None
     """None makes room for 64 prompts of 100 positions."""
     prompt_host_bytes: int = 256 * MIB
+    fall_back: bool = True
+    """At the start, serve the newest good version of a prompt whose current one is damaged."""
+    nonfinite_limit: int = 3
+    """Answers in a row that are not finite before a version is taken back; 0 = never."""
     deterministic: bool = False
     """Every request alone in its products: the same answer to the last bit whatever the load, and slower."""
     warm_up: bool = False

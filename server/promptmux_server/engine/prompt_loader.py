@@ -92,7 +92,7 @@ class PromptLoader:
         except (PromptFileError, OSError) as error:
             code = error.code if isinstance(error, PromptFileError) else "invalid_prompt_file"
             log.warning("prompt file %s can no longer be loaded: %s", name, error)
-            message = f"This task's prompt file can no longer be loaded ({code}). Repair it and reload the tasks."
+            message = f"This task's prompt file can no longer be loaded ({code}). Publish it again, or roll it back."
             self._tiers.fail(version, PromptQuarantined, message)
             return None
         except Exception:

@@ -11,9 +11,9 @@ such as are wanted by younger claims. So the oldest claim always gets its turn, 
 nobody is evicted for one that was cancelled. Where readers follow one another so closely that no version is ever free,
 `patience` younger claims may pass the oldest; then as many versions as it needs take no new readers.
 
-What is kept. A version whose file was replaced, or turned bad, cannot be read again: while a request claims it, its
-last copy, on the device or in host memory, stays. One that was in neither, because its file changed before the loader
-came to it, fails with `PromptQuarantined`. Host copies of what waits for the device stay too. Everything else in host
+What is kept. A version that no name stands for any more, or whose file turned bad, may soon be read no longer: while a
+request claims it, its last copy, on the device or in host memory, stays. One whose file is gone before the loader came
+to it fails with `PromptQuarantined`. Host copies of what waits for the device stay too. Everything else in host
 memory goes least recently used first. Beyond both budgets there is at most one prompt, in transit.
 """
 
@@ -30,7 +30,7 @@ import torch
 
 from promptmux_prompts import Prompt
 from promptmux_server.engine.prompt_copies import PromptCopies
-from promptmux_server.engine.prompt_host import HostCopies, own_copy
+from promptmux_server.engine.prompt_host import HostCopies, own_copy, prompt_bytes
 from promptmux_server.engine.prompt_table import NO_PROMPT, Pages, PromptPools, Residence
 from promptmux_server.engine.prompt_versions import Lease, PromptSource, Version
 from promptmux_server.engine.request import PromptPoolStats
@@ -114,13 +114,19 @@ class PromptTiers:
             version.source, version.served, version.lost = source, True, False
             if not source.bytes:
                 version.home = NO_PROMPT
+        if prompt is not None:
+            self.offer(prompt)
+
+    def offer(self, prompt: Prompt) -> None:
+        """Keep a prompt that is at hand in host memory, if its version is known and there is room to spare."""
+        digest, size = prompt.digest, prompt_bytes(prompt)
+        with self._lock:
+            if not size or digest in self._host or self._host.victims(size, _no_other) is None:
                 return
-            spare = self._host.victims(source.bytes, _no_other) is not None and source.digest not in self._host
-        if prompt is not None and spare:
-            copy = own_copy(prompt, self._copies.pinned)
-            with self._lock:
-                if self._is_known(version):
-                    self._host.put(copy, _no_other)
+        copy = own_copy(prompt, self._copies.pinned)
+        with self._lock:
+            if digest in self._versions:
+                self._host.put(copy, _no_other)
 
     def retire(self, digest: str) -> None:
         """No name stands for a version any more; with its last request it leaves the device and the host."""
@@ -136,16 +142,17 @@ class PromptTiers:
         with self._lock:
             self._lose(self._versions[digest])
 
-    def pin(self, digest: str) -> None:
-        """Keep a version on the device; raises PinRefused if the largest prompt would find no room beside the pins."""
+    def pin(self, digest: str, coming: Iterable[Pages] = ()) -> None:
+        """Keep a version on the device; raises PinRefused if the largest prompt would find no room beside the pins.
+
+        `coming`: of versions that are not known yet and will be.
+        """
         with self._lock:
             version = self._versions[digest]
             if version in self._pins:
                 return
-            largest = Pages(
-                max(other.pages.encoder for other in self._versions.values()),
-                max(other.pages.decoder for other in self._versions.values()),
-            )
+            others = [*(other.pages for other in self._versions.values()), *coming]
+            largest = Pages(max(other.encoder for other in others), max(other.decoder for other in others))
             if not self._pools.total.covers(self._pinned() + version.pages + largest):
                 raise PinRefused("Pinning this prompt would leave the others no room on the device. Unpin one first.")
             self._pins.add(version)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     from promptmux_server.backbone.images import DecodedImage
+    from promptmux_server.engine.publications import PromptsPort
 
 
 Priority = Literal["interactive", "batch"]
@@ -74,8 +75,18 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class TaskInputs:
+    """What a task answers with, and what it takes."""
+
+    kind: str
+    takes_text: bool
+    takes_premise: bool
+    takes_image: bool
+
+
+@dataclass(frozen=True)
 class TaskProblem:
-    """Why a prompt of the directory is not served."""
+    """Why a task is not served."""
 
     code: str
     message: str
@@ -83,7 +94,7 @@ class TaskProblem:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskStatus:
-    """One task of the prompt directory: served, or refused with its reason."""
+    """One task: served, or refused with its reason."""
 
     name: str
     state: Literal["ready", "refused"]
@@ -97,8 +108,14 @@ class TaskStatus:
     takes_premise: bool = False
     takes_image: bool = False
     metric: Mapping[str, object] | None = None
+    provenance: Mapping[str, object] | None = None
+    """Where the prompt came from, as its manifest tells it."""
+    author: str | None = None
+    """Who published the version: the name of a key, `seed` for a file of the prompt directory, `local`."""
+    created: str | None = None
+    """When, as RFC 3339 in UTC."""
     hits: int = 0
-    """Requests answered since the start."""
+    """Requests admitted since the name was first served by this process."""
     tier: Literal["device", "host", "disk"] = "disk"
     """The fastest memory that holds the prompt now."""
     pinned: bool = False
@@ -111,7 +128,7 @@ class TaskStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class ReloadReport:
-    """What one pass over the prompt directory changed, by task name."""
+    """What has changed since the last look at the prompt directory and the registry, by task name."""
 
     added: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
@@ -170,6 +187,18 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class RegistryStats:
+    """How many names there are, and what became of bad ones."""
+
+    names: int = 0
+    """That are served."""
+    quarantined: int = 0
+    """That are known and not served."""
+    rolled_back: int = 0
+    """Versions taken back because their numbers were not finite, since the start."""
+
+
+@dataclass(frozen=True)
 class EngineLoad:
     """How busy the engine is at this moment, and how full its memories."""
 
@@ -182,6 +211,7 @@ class EngineLoad:
     cost_errors: Mapping[str, float] = field(default_factory=dict)
     """By stage: how far off the cost model's predictions are, relative to what was measured."""
     prompts: PromptPoolStats = PromptPoolStats()
+    registry: RegistryStats = RegistryStats()
 
 
 class EnginePort(Protocol):
@@ -195,14 +225,24 @@ class EnginePort(Protocol):
         step. The future fails with a `PromptmuxError` (`DeadlineExceeded`, `NonfiniteOutput`, ...).
         """
 
-    def tasks(self) -> list[TaskStatus]:
-        """Every task of the prompt directory, by name."""
+    @property
+    def prompts(self) -> PromptsPort:
+        """What changes the tasks."""
+
+    def inputs(self, task: str) -> TaskInputs | None:
+        """What a task takes; None for one that is not served. Returns at once."""
+
+    def tasks(self, after: str = "", limit: int | None = None) -> list[TaskStatus]:
+        """Tasks whose names come behind `after`, by name; may read files."""
 
     def task(self, name: str) -> TaskStatus | None:
-        """One task of the prompt directory; None for a name that it does not have."""
+        """One task; None for a name that there is not. May read a file."""
 
     def reload(self) -> ReloadReport:
-        """Read the prompt directory again; admitted requests keep the version they were resolved to."""
+        """Take up new files of the prompt directory, and what other processes have published.
+
+        Admitted requests keep the version they were resolved to.
+        """
 
     def ready(self) -> bool:
         """Backbone loaded and warm, and not stopping."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from promptmux_server.backbone.images import from_array
 from promptmux_server.backbone.model import OFA
 from promptmux_server.backbone.tokenizer import Tokenizer
-from promptmux_server.engine.engine import Engine
+from promptmux_server.engine.offline import engine_over
 from promptmux_server.engine.options import EngineOptions
 from promptmux_server.engine.request import Answer, Request
 from promptmux_server.errors import NoBoxFound
@@ -47,10 +47,9 @@ def score_task(
     task: TaskName, model: OFA, tokenizer: Tokenizer, fingerprint: str, prompts: Path, data: SceneDataset, scenes: int
 ) -> TaskScore:
     """Ask one question about each of the first scenes of a held-out set; the questions are the same every time."""
-    engine = Engine(model, tokenizer, fingerprint, prompts, EngineOptions(queue_size=2 * WAITING, max_batch=64))
-    engine.start()
     values, exact = [], []
-    try:
+    options = EngineOptions(queue_size=2 * WAITING, max_batch=64)
+    with engine_over(prompts, model, tokenizer, fingerprint, options) as engine:
         for start in range(0, scenes, WAITING):
             items = [task_item(task, data, index) for index in range(start, min(start + WAITING, scenes))]
             asked = [(item, engine.submit(item.request)) for item in items]
@@ -58,8 +57,6 @@ def score_task(
                 value, equal = _score(item.scene, item.sample, future)
                 values.append(value)
                 exact.append(equal)
-    finally:
-        engine.stop(5.0)
     return TaskScore(METRICS[task], sum(values) / len(values), sum(exact) / len(exact), len(values))
 
 

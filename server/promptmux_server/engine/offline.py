@@ -1,0 +1,32 @@
+"""An engine over a directory of prompt files, for a program of its own: nothing of its registry outlives it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from promptmux_prompts import Store
+from promptmux_server.backbone.model import OFA
+from promptmux_server.backbone.tokenizer import Tokenizer
+from promptmux_server.engine.engine import Engine
+from promptmux_server.engine.options import EngineOptions
+
+MOST_PROMPTS = 100_000
+STOP_S = 5.0
+
+
+@contextmanager
+def engine_over(
+    prompts: Path, model: OFA, tokenizer: Tokenizer, fingerprint: str, options: EngineOptions | None = None
+) -> Iterator[Engine]:
+    """A started engine that serves every file of the directory."""
+    with TemporaryDirectory(prefix="promptmux-") as folder:
+        store = Store.open(Path(folder), max_names=MOST_PROMPTS)
+        engine = Engine(model, tokenizer, fingerprint, store, options, seeds=prompts)
+        try:
+            engine.start()
+            yield engine
+        finally:
+            engine.stop(STOP_S)
