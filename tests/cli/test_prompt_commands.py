@@ -214,7 +214,8 @@ def test_a_transfer_shows_itself_on_a_terminal_only(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(shown, "isatty", lambda: is_terminal)
     monkeypatch.setattr(sys, "stderr", shown)
     monkeypatch.setenv("TERM", "xterm")
-    with transfer_bar("vqa: sending") as progress:
+    with transfer_bar("vqa") as progress:
         progress(1000, 4000)
-    assert ("vqa: sending" in shown.getvalue()) is is_terminal
+        progress(4000, 4000)
+    assert ("vqa: sent, and checked there" in shown.getvalue()) is is_terminal
     assert ("4.0 kB" in shown.getvalue()) is is_terminal

@@ -48,9 +48,9 @@ class AsyncPrompts:
                 current = await self.get(name)
             except APIStatusError:
                 raise refusal from None
-            if current.file_sha256 != upload.sha256:
-                raise
-            return current
+            if current.file_sha256 == upload.sha256 and current.version > (if_version or 0):
+                return current
+            raise
 
     async def pull(self, name: str, version: int | None = None) -> bytes:
         """The file of a version, or of the present one: any server of the same backbone accepts it."""

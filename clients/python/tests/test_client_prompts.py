@@ -141,7 +141,7 @@ def test_a_version_that_a_lost_try_has_published_is_no_mismatch(asking: Ask, giv
 
 
 @both
-@pytest.mark.parametrize(("status", "found"), [(200, OTHERS), (404, {}), (403, {})])
+@pytest.mark.parametrize(("status", "found"), [(200, OTHERS), (200, {**VERSION, "version": 5}), (404, {}), (403, {})])
 def test_what_somebody_else_has_published_is_a_mismatch(asking: Ask, status: int, found: dict[str, Any]) -> None:
     with pytest.raises(VersionMismatch) as caught:
         asking(Script(refusal(412, "version_mismatch"), ok(found, status)), "push", "vqa", FILE, if_version=6)

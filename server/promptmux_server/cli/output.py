@@ -46,8 +46,13 @@ def transfer_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     # What is over is not worth a line: the command's own last words say how it ended.
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda sent, total: bar.update(task, completed=sent, total=total)
+        task = bar.add_task(f"{label}: sending", total=None)
+
+        def tell(sent: int, total: int) -> None:
+            doing = "sending" if sent < total else "sent, and checked there"
+            bar.update(task, completed=sent, total=total, description=f"{label}: {doing}")
+
+        yield tell
 
 
 def counted(items: Iterable[Item], label: str) -> Iterable[Item]:

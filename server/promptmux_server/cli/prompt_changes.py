@@ -10,7 +10,7 @@ import typer
 
 from promptmux_server.cli.output import DEFAULT_URL, JsonOption, UrlOption, fail, print_json, transfer_bar
 from promptmux_server.cli.prompt_refusals import connected
-from promptmux_server.cli.prompt_tables import NameArgument, summary
+from promptmux_server.cli.prompt_tables import NameArgument, print_version, summary
 
 if TYPE_CHECKING:
     from promptmux import PromptVersion
@@ -41,7 +41,7 @@ def push(
     A file that the server refuses changes nothing: the version before goes on serving.
     """
     name = _name_in(file) if name is None else name
-    with connected(url, name) as client, transfer_bar(f"{name}: sending") as progress:
+    with connected(url, name) as client, transfer_bar(name) as progress:
         pushed = client.prompts.push(name, file, if_version=if_version, create_only=new, progress=progress)
     _show(pushed, f"{pushed} is served now", as_json=as_json)
 
@@ -95,17 +95,17 @@ def delete(
 
 def _show(version: PromptVersion, said: str, *, as_json: bool) -> None:
     if as_json:
-        print_json(version.model_dump(mode="json"))
+        print_version(version)
     else:
         typer.echo(f"{said}: {summary(version)}")
 
 
 def _name_in(file: Path) -> str:
     """The task's name in the manifest of a prompt file."""
-    from promptmux_prompts import Manifest, PromptFileError
-    from promptmux_prompts.header import read_header
+    from promptmux_prompts import PromptFileError
+    from promptmux_prompts.unfitted import load_unfitted
 
     try:
-        return Manifest.from_json(read_header(file.read_bytes()).manifest).name
+        return load_unfitted(file).manifest.name
     except PromptFileError as error:
         fail(f"{file} is not a prompt file: {error}")

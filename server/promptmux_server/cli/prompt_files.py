@@ -118,7 +118,7 @@ def _push(imported: Imported, url: str) -> str:
     from promptmux_server.cli.prompt_refusals import connected
 
     name = imported.prompt.manifest.name
-    with connected(url, name) as client, transfer_bar(f"{name}: sending") as progress:
+    with connected(url, name) as client, transfer_bar(name) as progress:
         return str(client.prompts.push(name, imported.data, progress=progress))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,7 +18,7 @@ NameArgument = Annotated[str, typer.Argument(help="The prompt's name: what a tas
 def show_prompts(found: Sequence[PromptVersion], *, as_json: bool) -> None:
     """The present version of each prompt."""
     if as_json:
-        print_json([version.model_dump(mode="json", exclude={"manifest"}) for version in found])
+        print_json([_document(version) for version in found])
         return
     columns = ("prompt", "version", "length", "size", "published (UTC)", "by", "", "sha256")
     rows = [(v.name, str(v.version), *_about(v), "pinned" if v.pinned else "", v.sha256[:12]) for v in found]
@@ -28,10 +28,15 @@ def show_prompts(found: Sequence[PromptVersion], *, as_json: bool) -> None:
 def show_versions(found: Sequence[PromptVersion], *, as_json: bool) -> None:
     """The versions of one prompt."""
     if as_json:
-        print_json([version.model_dump(mode="json", exclude={"manifest"}) for version in found])
+        print_json([_document(version) for version in found])
         return
     columns = ("version", "", "length", "size", "published (UTC)", "by", "sha256")
     print_table(columns, [(str(v.version), "served" if v.current else "", *_about(v), v.sha256[:12]) for v in found])
+
+
+def print_version(version: PromptVersion) -> None:
+    """One version, for programs."""
+    print_json(_document(version))
 
 
 def summary(version: PromptVersion) -> str:
@@ -47,6 +52,11 @@ def size(count: int) -> str:
 def length(version: PromptVersion) -> str:
     """Positions on the encoder's and on the decoder's side."""
     return f"{version.encoder_length}+{version.decoder_length}"
+
+
+def _document(version: PromptVersion) -> dict[str, Any]:
+    """All but the manifest, which whoever publishes has, and which may list thousands of answers."""
+    return version.model_dump(mode="json", exclude={"manifest"})
 
 
 def _about(version: PromptVersion) -> tuple[str, str, str, str]:
