@@ -107,14 +107,14 @@ def test_a_failed_canary_shows_both_outputs_one_below_the_other(server: Scripted
     assert "canary 2" in explained
     assert "  expected  12 845 9   2\n  got       12 [7] 9 [-]\nNothing was published." in explained
     server.refuse("PUT /v1/prompts/vqa", 422, "canary_failed", details={"reason": "no_effect"})
-    assert "answers as it does without" in refused(server, "push", str(CAPTION), "--name", "vqa")
+    assert "its numbers have no effect" in refused(server, "push", str(CAPTION), "--name", "vqa")
 
 
 @pytest.mark.parametrize(
     ("status", "code", "explained"),
     [
         (401, "unauthorized", "PROMPTMUX_API_KEY"),
-        (403, "forbidden", "scope `admin`"),
+        (403, "forbidden", "to change prompts and to fetch files it needs the scope `admin`"),
         (507, "storage_full", "No. [storage_full]"),
         (422, "canary_failed", "No. [canary_failed]\nNothing was published."),
     ],

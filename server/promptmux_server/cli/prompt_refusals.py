@@ -38,7 +38,10 @@ def explain(error: PromptmuxError) -> str:
     if isinstance(error, Unauthorized):
         return "this server asks for a key: put one into PROMPTMUX_API_KEY"
     if isinstance(error, Forbidden):
-        return "the key in PROMPTMUX_API_KEY may not do this: ask for one of scope `admin`"
+        return (
+            "the key in PROMPTMUX_API_KEY may not do this: to change prompts and to fetch files it needs the scope "
+            "`admin`, to look at prompts `infer`"
+        )
     return str(error)
 
 
@@ -62,7 +65,7 @@ def moved_on(error: VersionMismatch, client: Client, name: str) -> str:
 def _canary(details: Mapping[str, Any]) -> list[str]:
     """That nothing changes with the prompt, or the two outputs one below the other, what differs in brackets."""
     if details.get("reason") == "no_effect":
-        return ["With this prompt the model answers as it does without: are its values all zero?"]
+        return ["With this prompt the model computes the same as without it: its numbers have no effect."]
     expected, got = details.get("expected"), details.get("got")
     if not isinstance(expected, list) or not isinstance(got, list):
         return []
