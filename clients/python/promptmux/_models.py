@@ -155,7 +155,7 @@ class Task(_Model):
     takes_premise: bool = False
     takes_image: bool = False
     metric: dict[str, Any] | None = None
-    provenance: dict[str, Any] = {}
+    provenance: dict[str, Any] | None = None
     author: str | None = None
     created: datetime | None = None
     hits: int = 0

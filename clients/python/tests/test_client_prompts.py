@@ -285,11 +285,20 @@ def test_both_clients_have_the_same_methods() -> None:
     assert methods(Prompts) == methods(AsyncPrompts)
 
 
-def test_tasks_are_listed_from_page_to_page() -> None:
-    pages = [{"tasks": [{"name": name, "state": "ready"}], "next": after} for name, after in (("a", "a"), ("b", None))]
-    script = Script(*map(ok, pages))
+def test_tasks_are_listed_from_page_to_page_with_where_they_come_from() -> None:
+    ready = {
+        "name": "a",
+        "state": "ready",
+        "provenance": {"steps": 9},
+        "author": "trainer",
+        "created": "2026-01-02T03:04:05Z",
+    }
+    refused = {"name": "b", "state": "refused", "provenance": None, "author": None, "created": None}
+    script = Script(ok({"tasks": [ready], "next": "a"}), ok({"tasks": [refused], "next": None}))
     with Client("http://server", transport=httpx2.MockTransport(script)) as client:
-        assert [task.name for task in client.tasks()] == ["a", "b"]
+        first, second = client.tasks()
+    assert (first.name, first.provenance, first.author) == ("a", {"steps": 9}, "trainer")
+    assert (second.name, second.created) == ("b", None)
     assert script.sent == ["GET /v1/tasks", "GET /v1/tasks?after=a"]
 
 
