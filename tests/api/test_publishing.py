@@ -196,7 +196,7 @@ def test_names_are_listed_in_pages(served: Served) -> None:
     assert served.client.get("/v1/tasks").json()["next"] is None
 
 
-@pytest.mark.parametrize("query", ["limit=0", f"limit={LARGEST_PAGE + 1}", "limit=x", "limit=-1", "after=.."])
+@pytest.mark.parametrize("query", ["limit=0", f"limit={LARGEST_PAGE + 1}", "limit=x", "limit=-1", f"after={'x' * 256}"])
 @pytest.mark.parametrize("route", ["/v1/prompts", "/v1/tasks"])
 def test_a_page_has_bounds(served: Served, route: str, query: str) -> None:
     assert code(served.client.get(f"{route}?{query}")) == (422, "invalid_parameter")

@@ -14,6 +14,8 @@ from promptmux_prompts.records import is_name
 from promptmux_server.errors import InvalidParameter, VersionNotFound
 
 DEFAULT_PAGE, LARGEST_PAGE = 100, 1000
+LONGEST_AFTER = 255
+"""Longer than a name: it may be that of a refused file."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ETAG = re.compile(r'"([0-9]{1,9})"')
@@ -67,7 +69,7 @@ def expected_version(request: Request) -> Expected:
 def page(request: Request, default: int = DEFAULT_PAGE) -> tuple[str, int]:
     """`after` and `limit` of a listing."""
     after, limit = request.query_params.get("after", ""), request.query_params.get("limit", str(default))
-    if after and not is_name(after):
+    if len(after) > LONGEST_AFTER:
         raise InvalidParameter("`after` is the name behind which the page begins.", param="after")
     if not _NUMBER.fullmatch(limit) or not 1 <= int(limit) <= LARGEST_PAGE:
         raise InvalidParameter(f"`limit` is from 1 to {LARGEST_PAGE}.", param="limit")

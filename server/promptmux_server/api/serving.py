@@ -18,6 +18,7 @@ import uvicorn
 from prometheus_client import start_http_server
 from starlette.types import ASGIApp
 
+from promptmux_prompts import StoreError
 from promptmux_server.api.app import Application
 from promptmux_server.api.protocol import JsonHttpProtocol
 from promptmux_server.engine.request import EnginePort
@@ -93,7 +94,13 @@ async def _run(server: _Server, application: Application, engine: EnginePort, se
 
 
 def _reload(engine: EnginePort) -> None:
-    log.info("prompts reloaded", report=str(engine.reload()))
+    try:
+        report = engine.reload()
+    except StoreError as error:
+        log.error("prompts not reloaded", code=error.code, reason=str(error))
+        return
+    refused = {name: problem.code for name, problem in report.refused.items()}
+    log.info("prompts reloaded", added=report.added, changed=report.changed, removed=report.removed, refused=refused)
 
 
 async def _watch(server: _Server, engine: EnginePort) -> None:
