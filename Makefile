@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 SOURCES := kernels/promptmux_kernels prompts/promptmux_prompts server/promptmux_server clients/python/promptmux
-CLAIMS := benchmarks/mixing.py benchmarks/cold_tasks.py benchmarks/fanout.py benchmarks/continuous.py benchmarks/deterministic.py benchmarks/overload.py benchmarks/http_overhead.py
+CLAIMS := benchmarks/mixing.py benchmarks/cold_tasks.py benchmarks/fanout.py benchmarks/continuous.py benchmarks/deterministic.py benchmarks/overload.py benchmarks/http_overhead.py benchmarks/registry_scale.py
 .PHONY: install format lint types test bench demo serve soak art scenes pretrain library
 
 install: .venv/installed
@@ -27,6 +27,7 @@ test: install
 # Each benchmark prints a line of JSON, and appends it to the file BENCH_OUT if that is set.
 bench: install
 	set -e; for claim in $(CLAIMS); do $(BIN)/python $$claim; done
+	$(BIN)/python benchmarks/publish.py --backbone ofa-base
 	$(BIN)/python benchmarks/ofa_base_picture.py
 
 demo: install

@@ -1,5 +1,7 @@
 """Why a prompt file or a change of the store is refused, as two trees with stable codes. Knows nothing of HTTP.
 
+ImportRefused                 import_refused             another program's file that cannot become a prompt file
+
 PromptFileError               invalid_prompt_file
 ├── InvalidPromptFile         invalid_prompt_file        not a well-formed prompt file
 ├── PromptShapeMismatch       prompt_shape_mismatch      tensors of another model size, or other than the manifest says
@@ -21,6 +23,15 @@ StoreError                    storage_failed
 from __future__ import annotations
 
 from typing import ClassVar
+
+
+class ImportRefused(Exception):
+    """Another program's file that holds no deep prompts, or none that can be had; the message says what to do.
+
+    It stands alone because no server reads foreign files.
+    """
+
+    code: ClassVar[str] = "import_refused"
 
 
 class PromptFileError(Exception):

@@ -18,6 +18,7 @@ from promptmux_server.backbone.sizes import OFA_SIZES
 from promptmux_server.backbone.vision import VisionStem
 from promptmux_server.backbone.weights import convert, fold_batch_norm, load_backbone, write_backbone
 from promptmux_server.backbone.weights.names import expected_shapes, from_transformers
+from promptmux_server.backbone.weights.pickles import read_pickle
 from promptmux_server.errors import BackboneFileError, BackboneKeysError, BackboneNotFound, UnsafePickle
 from shared_files import golden_dir
 
@@ -74,6 +75,15 @@ def test_a_fairseq_checkpoint_becomes_a_backbone_and_its_prompt(tmp_path: Path) 
         begin = ((layer * 2 + part) * config.heads + head) * config.head_dim
         side = (prompt.encoder_key, prompt.encoder_value)[part]
         assert torch.equal(side[layer, head, position], table[position, begin : begin + config.head_dim])
+
+
+def test_a_checkpoint_whose_prompts_cannot_be_had_is_not_converted(tmp_path: Path) -> None:
+    raw = read_pickle(golden_dir() / "fairseq_prefix.pt")
+    raw["model"]["encoder.encoder_prompt_encoder.scale"] = torch.ones(1)
+    torch.save(raw, tmp_path / "odd.pt")
+    with pytest.raises(BackboneFileError, match="neither a table"):
+        convert(tmp_path / "odd.pt", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_transformers_directory_converts(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 import demo
 
 import fanout
+import publish
 
 EXAMPLES = ROOT / "examples"
 
@@ -159,6 +160,29 @@ def test_the_example_asks_many_tasks_and_spells_a_caption(address: str, capsys: 
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["scene-caption", "scene-entailment", "scene-vqa", "word by word"]
     assert len(lines[-1]) > 20
+
+
+def test_a_prompt_is_fetched_published_rolled_back_and_deleted(address: str, tmp_path: Path) -> None:
+    def prompts(*arguments: str) -> str:
+        done = promptmux("prompts", *arguments, "--url", address)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    file, worse = tmp_path / "caption.safetensors", tmp_path / "worse.safetensors"
+    assert prompts("pull", "scene-caption", "-o", str(file)).startswith("scene-caption@1 -> ")
+    worse.write_bytes(publish.weaker(file.read_bytes()))
+    assert prompts("push", str(file), "--name", "mine", "--new").startswith("mine@1 is served now")
+    assert prompts("push", str(worse), "--name", "mine", "--if-version", "1").startswith("mine@2 is served now")
+    assert json.loads(prompts("rollback", "mine", "--json"))["version"] == 1
+    present = {version["name"]: version["version"] for version in json.loads(prompts("list", "--json"))}
+    assert present["mine"] == 1
+    assert prompts("delete", "mine", "--yes") == "mine is deleted\n"
+
+
+def test_the_example_publishes_and_rolls_back(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert publish.main(address) == 0
+    good, worse, again = (line.split(": ", 2)[2] for line in capsys.readouterr().out.splitlines())
+    assert good == again != worse
 
 
 def test_sigterm_turns_readiness_off_finishes_and_exits_0(tmp_path: Path) -> None:

@@ -5,7 +5,10 @@ from promptmux._client import Client
 from promptmux._errors import (
     APIStatusError,
     BadRequest,
+    CanaryFailed,
+    Conflict,
     ConnectionFailed,
+    CorruptDownload,
     DeadlineExceeded,
     Forbidden,
     InvalidRequest,
@@ -14,11 +17,16 @@ from promptmux._errors import (
     Overloaded,
     PromptmuxError,
     RateLimited,
+    RegistryFull,
     RequestTimeout,
     ServerError,
+    StorageFailed,
+    StorageFull,
     TooLarge,
     Unauthorized,
     UnsupportedMediaType,
+    VersionMismatch,
+    VersionNotFound,
 )
 from promptmux._models import (
     Answer,
@@ -34,6 +42,7 @@ from promptmux._models import (
     Task,
     TextOutput,
 )
+from promptmux._prompt_models import PromptVersion
 
 __all__ = [
     "APIStatusError",
@@ -42,9 +51,12 @@ __all__ = [
     "AsyncClient",
     "BadRequest",
     "BoxOutput",
+    "CanaryFailed",
     "CaptionOutput",
     "Client",
+    "Conflict",
     "ConnectionFailed",
+    "CorruptDownload",
     "DeadlineExceeded",
     "Delta",
     "ErrorDetail",
@@ -57,13 +69,19 @@ __all__ = [
     "OtherOutput",
     "Overloaded",
     "PromptRef",
+    "PromptVersion",
     "PromptmuxError",
     "RateLimited",
+    "RegistryFull",
     "RequestTimeout",
     "ServerError",
+    "StorageFailed",
+    "StorageFull",
     "Task",
     "TextOutput",
     "TooLarge",
     "Unauthorized",
     "UnsupportedMediaType",
+    "VersionMismatch",
+    "VersionNotFound",
 ]

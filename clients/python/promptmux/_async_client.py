@@ -10,11 +10,13 @@ from typing import Any, Self
 import httpx2
 
 from promptmux import _wire
+from promptmux._async_prompts import AsyncPrompts
 from promptmux._errors import ConnectionFailed, RequestTimeout
 from promptmux._events import EventReader
 from promptmux._images import ImageSource
 from promptmux._models import Answer, Delta, Item, Priority, Task
 from promptmux._retry import RetryPolicy
+from promptmux._wire import Call
 
 
 class AsyncClient:
@@ -31,6 +33,8 @@ class AsyncClient:
     ) -> None:
         self._http = httpx2.AsyncClient(**_wire.client_options(base_url, api_key, timeout_s), transport=transport)
         self._retry = retry or RetryPolicy()
+        self.prompts = AsyncPrompts(self._send)
+        """What the server can serve: publish it, look at it, roll it back."""
 
     async def predict(
         self,
@@ -52,7 +56,7 @@ class AsyncClient:
     ) -> list[Answer]:
         """Ask items of any tasks in one batch; answers come in their order, a failed one with `error`."""
         body = _wire.predict_body(items, deadline_ms=deadline_ms, priority=priority)
-        return _wire.read_answers(await self._send("POST", "/v1/predict", body))
+        return _wire.read_answers(await self._send(Call("POST", "/v1/predict", body)))
 
     async def fanout(
         self,
@@ -69,7 +73,7 @@ class AsyncClient:
         Text and premise go to the tasks that take them; an `Item` in place of a name brings its own.
         """
         body = _wire.fanout_body(image, tasks, text=text, premise=premise, deadline_ms=deadline_ms, priority=priority)
-        return _wire.read_answers(await self._send("POST", "/v1/fanout", body))
+        return _wire.read_answers(await self._send(Call("POST", "/v1/fanout", body)))
 
     async def stream(
         self,
@@ -96,7 +100,7 @@ class AsyncClient:
     ) -> AsyncIterator[Delta | Answer]:
         """The same as `predict_many`, as it comes: pieces and answers of all items, told apart by `id`."""
         body = _wire.predict_body(items, deadline_ms=deadline_ms, priority=priority, stream=True)
-        response, events = await self._send("POST", "/v1/predict", body, stream=True), EventReader()
+        response, events = await self._send(Call("POST", "/v1/predict", body), stream=True), EventReader()
         try:
             async for line in response.aiter_lines():
                 if (event := events.read(line)) is not None:
@@ -111,11 +115,15 @@ class AsyncClient:
 
     async def tasks(self) -> list[Task]:
         """Every task of the server, served or refused."""
-        return _wire.read_tasks(await self._send("GET", "/v1/tasks"))
+        found, after = _wire.read_tasks(await self._send(_wire.tasks_call(None)))
+        while after is not None:
+            more, after = _wire.read_tasks(await self._send(_wire.tasks_call(after)))
+            found += more
+        return found
 
     async def version(self) -> dict[str, Any]:
         """Versions of server and backbone."""
-        return _wire.read_object(await self._send("GET", "/version"))
+        return _wire.read_object(await self._send(Call("GET", "/version")))
 
     async def ready(self) -> bool:
         """Whether the server welcomes requests now; False if it cannot be reached."""
@@ -124,22 +132,23 @@ class AsyncClient:
         except httpx2.TransportError:
             return False
 
-    async def _send(self, method: str, path: str, body: Any = None, *, stream: bool = False) -> httpx2.Response:
+    async def _send(self, call: Call, *, stream: bool = False) -> httpx2.Response:
         """The response, of which a stream is still to be read and closed; raises the class of a refusal's status."""
         attempt = 0
         while True:
             response: httpx2.Response | None = None
             try:
-                response = await self._http.send(self._http.build_request(method, path, json=body), stream=stream)
+                content = None if call.upload is None else call.upload.pieces_async()
+                request = self._http.build_request(**call.options, content=content)
+                response = await self._http.send(request, stream=stream)
                 if response.is_success:
                     return response
                 await response.aread()
             except httpx2.TimeoutException as error:
                 raise RequestTimeout("The server did not answer in time.") from error
             except httpx2.TransportError as error:
-                failure = ConnectionFailed(f"Cannot reach {self._http.base_url}: {error}")
-                failure.__cause__, response = error, None
-            delay_s = self._retry.delay_s(attempt, response)
+                failure, response = _wire.connection_failed(call, self._http.base_url, error), None
+            delay_s = self._retry.delay_s(attempt, response, repeatable=call.repeatable)
             if delay_s is None:
                 if response is None:
                     raise failure

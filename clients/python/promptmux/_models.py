@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Tag
@@ -154,6 +155,9 @@ class Task(_Model):
     takes_premise: bool = False
     takes_image: bool = False
     metric: dict[str, Any] | None = None
+    provenance: dict[str, Any] | None = None
+    author: str | None = None
+    created: datetime | None = None
     hits: int = 0
     tier: str | None = None
     """Where its prompt is: `device`, `host` or `disk`; None from a server that does not say."""

@@ -1,4 +1,8 @@
-"""When to try again, and how long to wait. Every call of this client may be repeated: none changes the server."""
+"""When to try again, and how long to wait.
+
+Asking may be repeated, and so may publishing: the same bytes under the same name are the same version. What may not
+(`Call.repeatable`), such as a step back to the version before, is sent again only if the server never began with it.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ from email.utils import parsedate_to_datetime
 import httpx2
 
 RETRIED_STATUSES = frozenset({429, 502, 503})
+REFUSED_UNSEEN = frozenset({429})
+"""Of them, those that come before anything is done; behind a 502 or a 503 something may have happened."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,7 @@ class RetryPolicy:
     first_delay_s: float = 0.25
     max_delay_s: float = 8.0
 
-    def delay_s(self, attempt: int, response: httpx2.Response | None) -> float | None:
+    def delay_s(self, attempt: int, response: httpx2.Response | None, *, repeatable: bool = True) -> float | None:
         """Seconds to wait after try number `attempt` (from 0), or None to give up.
 
         The server's Retry-After (seconds or a date) and retry-after-ms win over the backoff, which has full jitter.
@@ -28,7 +34,8 @@ class RetryPolicy:
         if attempt >= self.max_retries:
             return None
         if response is not None:
-            if response.status_code not in RETRIED_STATUSES or response.headers.get("x-should-retry") == "false":
+            statuses = RETRIED_STATUSES if repeatable else REFUSED_UNSEEN
+            if response.status_code not in statuses or response.headers.get("x-should-retry") == "false":
                 return None
             asked = _asked_delay_s(response)
             if asked is not None:

@@ -20,7 +20,7 @@ from PIL import Image
 
 import promptmux
 from promptmux import APIStatusError, AsyncClient, Client, ConnectionFailed, Item, PromptmuxError, RequestTimeout
-from promptmux._errors import BY_CODE, BY_STATUS, class_for
+from promptmux._errors import BY_CODE, BY_STATUS, SPECIAL, class_for
 from promptmux._retry import RetryPolicy
 
 NO_WAIT = RetryPolicy(first_delay_s=0.0)
@@ -137,7 +137,8 @@ def test_every_status_has_its_class(status: int, kind: type[APIStatusError]) -> 
 
 
 def test_every_class_of_the_tree_is_reachable() -> None:
-    reachable = set(BY_STATUS.values()) | set(BY_CODE.values()) | {class_for(418), class_for(599)}
+    tables = (BY_STATUS, BY_CODE, SPECIAL)
+    reachable = {kind for table in tables for kind in table.values()} | {class_for(418), class_for(599)}
     classes = {c for c in vars(promptmux).values() if isinstance(c, type) and issubclass(c, APIStatusError)}
     assert classes == reachable
 
@@ -189,6 +190,13 @@ def test_a_timeout_is_its_own_error_and_not_repeated() -> None:
 def delay(status: int = 503, attempt: int = 0, **headers: str) -> float | None:
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     return RetryPolicy().delay_s(attempt, httpx2.Response(status, headers=named))
+
+
+def test_what_must_not_be_done_twice_is_repeated_only_if_nothing_was_done() -> None:
+    policy = RetryPolicy()
+    answers = {status: policy.delay_s(0, httpx2.Response(status), repeatable=False) for status in (429, 502, 503)}
+    assert answers[429] is not None
+    assert answers[502] is answers[503] is None
 
 
 def test_the_servers_wish_wins_over_the_backoff() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from promptmux_server.cli import ask, bench, converting, serving
+from promptmux_server.cli import ask, bench, converting, prompts, serving
 
 app = typer.Typer(
     name="promptmux",
@@ -15,5 +15,6 @@ app = typer.Typer(
 )
 serving.register(app)
 ask.register(app)
+prompts.register(app)
 converting.register(app)
 bench.register(app)

@@ -106,7 +106,7 @@ def tasks(url: UrlOption = DEFAULT_URL, as_json: JsonOption = False) -> None:
     except PromptmuxError as error:
         fail(str(error))
     if as_json:
-        print_json([task.model_dump() for task in found])
+        print_json([task.model_dump(mode="json") for task in found])
         return
     rows = [
         (

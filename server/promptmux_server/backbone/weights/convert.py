@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from promptmux_prompts import Manifest, Prompt, write_prompt
-from promptmux_prompts.importers.ofa import fold_generator, split_table
+from promptmux_prompts import Manifest, Prompt, PromptFileError, write_prompt
+from promptmux_prompts.errors import ImportRefused
+from promptmux_prompts.importers import import_ofa
 from promptmux_server.backbone.config import BackboneConfig
 from promptmux_server.backbone.weights.load import load_backbone
 from promptmux_server.backbone.weights.loaded import LoadedBackbone
 from promptmux_server.backbone.weights.own_format import write_backbone
+from promptmux_server.errors import BackboneFileError
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class ConversionReport:
 def convert(source: Path, destination: Path) -> ConversionReport:
     """Read `source`, write `destination`; nothing in the source is executed. Raises what `load_backbone` raises."""
     backbone = load_backbone(source)
+    found = [extract_prompt(backbone, name="imported")] if backbone.prompts else []
     write_backbone(destination, backbone)
     prompts = []
-    if backbone.prompts:
-        prompt = extract_prompt(backbone, name="imported")
+    for prompt in found:
         path = destination / "prompts" / f"{prompt.manifest.name}.safetensors"
         path.parent.mkdir()
         path.write_bytes(write_prompt(prompt))
@@ -51,19 +51,16 @@ def convert(source: Path, destination: Path) -> ConversionReport:
 
 
 def extract_prompt(backbone: LoadedBackbone, *, name: str) -> Prompt:
-    """The prompt that a prompt-tuned fairseq checkpoint carries, its generators folded (ofa-spec 4)."""
-    config = backbone.config
-    sides = []
-    for side, layers in (("encoder", config.encoder_layers), ("decoder", config.decoder_layers)):
-        stem = f"{side}.{side}_prompt_encoder."
-        own = {key.removeprefix(stem): value.float() for key, value in backbone.prompts.items() if key.startswith(stem)}
-        table = fold_generator(own) if own else torch.zeros(0, layers * 2 * config.d_model)
-        sides.append(split_table(table, layers, config.heads))
+    """The prompt that a prompt-tuned fairseq checkpoint carries; raises BackboneFileError if it cannot be had."""
+    try:
+        sides = import_ofa(backbone.prompts, backbone.prompt_shape)
+    except (ImportRefused, PromptFileError) as error:
+        raise BackboneFileError(str(error)) from error
     manifest = Manifest.minimal(
         name=name,
-        backbone_name=config.name,
+        backbone_name=backbone.config.name,
         fingerprint=backbone.fingerprint,
-        encoder_length=sides[0][0].shape[2],
-        decoder_length=sides[1][0].shape[2],
+        encoder_length=0,
+        decoder_length=0,
     )
-    return Prompt.build(manifest, *sides[0], *sides[1])
+    return sides.prompt(manifest)

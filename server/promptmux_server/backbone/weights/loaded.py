@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from promptmux_prompts import PromptShape
 from promptmux_server.backbone.config import BackboneConfig
 from promptmux_server.backbone.tokenizer import Tokenizer
 from promptmux_server.errors import BackboneFileError
@@ -28,6 +29,12 @@ class LoadedBackbone:
     """Names in the file that text generation does not need."""
     prompts: Mapping[str, Tensor] = field(default_factory=dict)
     """Prompt generator tensors that a fairseq checkpoint carries, by fairseq name."""
+
+    @property
+    def prompt_shape(self) -> PromptShape:
+        """What a prompt must fit."""
+        config = self.config
+        return PromptShape(config.encoder_layers, config.decoder_layers, config.heads, config.head_dim)
 
     def tokenizer(self) -> Tokenizer:
         """Read the tokenizer's files; raises BackboneFileError where there are none or they do not fit."""
