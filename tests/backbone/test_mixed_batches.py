@@ -81,8 +81,9 @@ def run(
 
     class Recording(RunningBatch):
         def _prefill(self, part: Sequence[Any]) -> Tensor:
-            first.append(super()._prefill(part))
-            return first[-1]
+            logits = super()._prefill(part)
+            first.append(logits.clone())  # searches write to theirs
+            return logits
 
     failed: list[int] = []
     with torch.no_grad(), patch.object(runner, "RunningBatch", Recording):

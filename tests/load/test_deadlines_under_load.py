@@ -112,7 +112,7 @@ def wasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> float:
     """Of the answers begun by an overloaded engine, the part that was late: each takes eight steps of 20 ms."""
     long = GREEDY | {"min_length": 8, "max_length": 8}
     tiny.write(tmp_path, tiny.prompt("a", image_size=None, decoding=long))
-    engine = Engine(tiny.model(), tiny.tokenizer(), tiny.backbone().fingerprint, tmp_path, OPTIONS)
+    engine = tiny.engine(tmp_path, OPTIONS)
     engine.start()
     device = SlowDevice(monkeypatch, encode_s=0.005, step_s=0.02)
     begun = []
@@ -189,7 +189,8 @@ def test_over_http_answers_come_by_the_deadline_and_every_reason_is_counted(
         for reply in replies:
             seconds = reply.sent["deadline_ms"] / 1000
             assert reply.seconds <= seconds + LATE_S + device.turn_s(4) + 4 * BUSY_S
-            assert reply.status == 200 or reply.seconds >= seconds
+            # As early as it is known that two steps will not fit any more.
+            assert reply.status == 200 or reply.seconds >= seconds - 3 * device.turn_s(4) - BUSY_S
         assert server.items("ok") - ok == statuses[200]
         assert server.items("deadline_exceeded") == server.answers(504) == statuses[504]
         assert server.answers() == server.items("ok") + server.items("deadline_exceeded")

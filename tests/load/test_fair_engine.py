@@ -207,5 +207,6 @@ def test_with_one_place_for_prompts_nobody_is_passed_over(start: Start, monkeypa
     go.set()
     assert all(future.result(30) for future in futures)
     first_b = next(number for number, tasks in enumerate(batches) if "b" in tasks)
-    assert first_b <= 2, batches
+    # Those that were taken before B was looked at, its patience, and a batch while its prompt was on its way.
+    assert sum(map(len, batches[:first_b])) <= 3 * PATIENCE, batches
     assert engine.load().prompts.evictions >= 1  # the control: there was one place
