@@ -32,6 +32,7 @@ from promptmux_server.backbone.sizes import OFA_SIZES
 from promptmux_server.backbone.tokenizer import Tokenizer
 from promptmux_server.backbone.weights import LoadedBackbone, load_backbone
 from promptmux_server.backbone.weights.random_init import random_backbone
+from promptmux_server.cli.machine import restart_tuned
 from promptmux_server.engine.engine import Engine
 from promptmux_server.engine.offline import engine_over
 from promptmux_server.engine.options import EngineOptions
@@ -151,7 +152,8 @@ def report(claim: str, backbone: str, **numbers: object) -> None:
 
 
 def arguments(description: str | None, **defaults: int) -> argparse.Namespace:
-    """`--backbone` and an integer option for each default."""
+    """`--backbone` and an integer option for each default; the process starts again with the allocator that serves."""
+    restart_tuned()
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--backbone", choices=["pocket", *(f"ofa-{size}" for size in OFA_SIZES)], default="pocket")
     for name, value in defaults.items():

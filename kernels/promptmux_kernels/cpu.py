@@ -217,6 +217,24 @@ def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | 
     return out
 
 
+def can_widen(weight: Tensor) -> bool:
+    """Whether `wide_product` serves this weight (N, K): where bfloat16 is multiplied as it is."""
+    native = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return native and weight.shape[1] % FILL == 0 and available(weight.dtype)
+
+
+def pack_weight(weight: Tensor) -> Tensor:
+    """W (N, K) as `wide_product` reads it."""
+    packed: Tensor = torch.ops.promptmux_cpu.pack_weight(weight.contiguous())
+    return packed
+
+
+def wide_product(x: Tensor, packed: Tensor, neurons: int) -> Tensor:
+    """x W^T (M, N) in float32 from x (M, K) and a packed W of N = `neurons` rows."""
+    out: Tensor = torch.ops.promptmux_cpu.wide_product(x if x.stride(1) == 1 else x.contiguous(), packed, neurons)
+    return out
+
+
 def _can(x: Tensor) -> bool:
     """Whether the library serves tensors like x (T, H, D)."""
     return x.shape[2] in HEAD_DIMS and available(x.dtype)

@@ -91,3 +91,32 @@ def test_float32_is_packed_for_many_rows_only_where_that_was_faster(monkeypatch:
         assert linear.pays(torch.float32, "few rows")
         assert linear.pays(torch.float32, "many rows") is pays
         assert linear.pays(torch.bfloat16, "many rows")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 5, 9, 70])
+def test_logits_are_not_rounded_to_the_type_of_the_weights(rows: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    x, weight = (torch.randn(n, 64, generator=generator).to(dtype) for n in (rows, 133))
+    found = linear.WideLinear(weight)(x)
+    error = (found.double() - x.double() @ weight.double().T).abs().max()
+    assert found.dtype == torch.float32
+    assert found.shape == (rows, 133)
+    rounded = dtype == torch.bfloat16 and not cpu.can_widen(weight)  # this CPU does not multiply bfloat16
+    assert error < (0.2 if rounded else 2e-5)
+
+
+def test_a_rounded_logit_would_be_seen() -> None:
+    x, weight = torch.randn(5, 64), torch.randn(133, 64)
+    exact = x @ weight.T
+    assert (exact.bfloat16().float() - exact).abs().max() > 2e-5
+
+
+def test_a_wide_product_is_the_same_bits_whatever_rows_are_beside_it() -> None:
+    weight = torch.randn(133, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    if not cpu.can_widen(weight):
+        pytest.skip("this CPU does not multiply bfloat16")
+    x = torch.randn(70, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    product = linear.WideLinear(weight)
+    for rows in (8, 16, 40):
+        assert torch.equal(product(x[:rows]), product(x)[:rows])

@@ -116,3 +116,13 @@ def test_steps_are_learned_for_each_task_and_never_over_the_longest_allowed() ->
     assert model.expected_steps("caption", 4) == 4
     model.learn_steps("caption", 19)
     assert 9 < model.expected_steps("caption", 16) < 11
+
+
+def test_a_caller_waits_for_as_many_turns_as_its_answer_has_steps() -> None:
+    size = WorkSize(picture=False, source_tokens=10, beams=1, expected_steps=8.0)
+    model = fed(400)
+    assert model.time_in_batch_ms(size) == 0.0
+    for _ in range(100):
+        model.observe_turn(30.0)
+    encode_ms = TRUE.encode.at(10)
+    assert model.time_in_batch_ms(size) == pytest.approx(8 * 30.0 + encode_ms, rel=0.05)

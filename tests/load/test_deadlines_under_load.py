@@ -17,6 +17,7 @@ import tiny
 from api.live_server import until
 from load.callers import crowd
 from load.served import SlowDevice, served
+from promptmux_server.engine.cost_model import CostModel
 from promptmux_server.engine.engine import Engine
 from promptmux_server.engine.options import EngineOptions
 from promptmux_server.engine.prompt_versions import PromptSource
@@ -99,11 +100,40 @@ def test_the_engine_tells_whoever_is_late_within_a_step_and_starts_nothing_late(
     assert min(outcomes.values()) > 30
     for due, future, (ended,) in asked:
         if future.exception() is not None:
-            assert due <= ended <= due + LATE_S + device.turn_s(4) + BUSY_S
+            # As early as it is known that two steps, with others joining, will not fit any more.
+            assert due - 3 * device.turn_s(4) - BUSY_S <= ended <= due + LATE_S + device.turn_s(4) + BUSY_S
     assert max(late_starts) <= LATE_S  # between a turn's look at the clock and its first pass
     assert device.encoded == len(late_starts) < 300
     until(lambda: engine.load().running == 0)
     assert (engine.load().waiting, engine.load().memory.slots_used) == (0, 0)
+
+
+def wasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Of the answers begun by an overloaded engine, the part that was late: each takes eight steps of 20 ms."""
+    long = GREEDY | {"min_length": 8, "max_length": 8}
+    tiny.write(tmp_path, tiny.prompt("a", image_size=None, decoding=long))
+    engine = Engine(tiny.model(), tiny.tokenizer(), tiny.backbone().fingerprint, tmp_path, OPTIONS)
+    engine.start()
+    device = SlowDevice(monkeypatch, encode_s=0.005, step_s=0.02)
+    begun = []
+    for deadline_s in [0.4, 0.6, 0.8] * 60:
+        begun.append(
+            engine.submit(Request(request_id="r", task="a", text="the dog", deadline=time.monotonic() + deadline_s))
+        )
+        time.sleep(0.01)  # four fifths of a batch's answers arrive while it computes one
+    wait(begun, timeout=30)
+    engine.stop(2.0)
+    return 1.0 - sum(future.exception() is None for future in begun) / device.encoded
+
+
+def test_what_would_be_late_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert wasted(tmp_path, monkeypatch) < 0.25
+
+
+def test_what_is_begun_until_its_deadline_is_mostly_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control."""
+    monkeypatch.setattr(CostModel, "time_in_batch_ms", lambda *_: 0.0)
+    assert wasted(tmp_path, monkeypatch) > 0.5
 
 
 def test_a_queue_that_forgets_deadlines_starts_late_work(

@@ -104,7 +104,9 @@ Vec weigh(const float* scores, E* weights, int64_t visible, int64_t padded, Vec 
   for (int64_t j = 0; j < padded; j += WIDTH) {
     Vec weight = splat(0.f);
     if (j < visible) {
-      weight = exp(load(scores + j) - top);
+      const Vec below = load(scores + j) - top;
+      if constexpr (std::is_same_v<E, float>) weight = exp(below);
+      else weight = rough_exp(below);
       if (j + WIDTH > visible) weight = first(visible - j, weight, splat(0.f));
       total = total + weight;
     }

@@ -15,6 +15,8 @@
 #include "few_rows.h"
 #include "norms.h"
 #include "prefix_attention.h"
+#include "top_tokens.h"
+#include "wide_product.h"
 
 namespace promptmux {
 namespace {
@@ -137,6 +139,36 @@ Tensor few_rows_op(const Tensor& x, const Tensor& weight, const std::optional<Te
   return out;
 }
 
+Tensor pack_weight_op(const Tensor& weight) {
+  return by_type<BFloat16>(weight, [&](auto element) {
+    using T = decltype(element);
+    Tensor packed = at::empty({filled(weight.size(0)), weight.size(1)},
+                              weight.options().dtype(c10::CppTypeToScalarType<Operand<T>>::value));
+    pack_weight<T>(weight, packed);
+    return packed;
+  });
+}
+
+Tensor wide_product_op(const Tensor& x, const Tensor& packed, int64_t neurons) {
+  Tensor out = at::empty({round_up(x.size(0), 8), neurons}, x.options().dtype(at::kFloat));
+  by_type<BFloat16>(x, [&](auto element) { wide_product<decltype(element)>(x, packed, out); });
+  return out.slice(0, 0, x.size(0));
+}
+
+Tensor log_normalisers_op(const Tensor& logits) {
+  Tensor out = at::empty({logits.size(0)}, logits.options());
+  log_normalisers(logits, out);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> top_tokens_op(const Tensor& logits, const Tensor& normalisers, const Tensor& before,
+                                         int64_t count) {
+  TORCH_CHECK(count <= logits.numel(), "there are fewer logits than wanted");
+  Tensor scores = at::empty({count}, logits.options()), places = at::empty({count}, logits.options().dtype(at::kLong));
+  top_tokens(logits, normalisers, before, scores, places);
+  return {scores, places};
+}
+
 }  // namespace
 
 TORCH_LIBRARY(promptmux_cpu, library) {
@@ -157,6 +189,10 @@ TORCH_LIBRARY(promptmux_cpu, library) {
   library.def(
       "write_cache(Tensor(a!) cache_key, Tensor(b!) cache_value, Tensor slots, Tensor key, Tensor value) -> ()");
   library.def("gelu_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor");
+  library.def("pack_weight(Tensor weight) -> Tensor");
+  library.def("wide_product(Tensor x, Tensor packed, int neurons) -> Tensor");
+  library.def("log_normalisers(Tensor logits) -> Tensor");
+  library.def("top_tokens(Tensor logits, Tensor normalisers, Tensor before, int count) -> (Tensor, Tensor)");
   library.def("few_rows(Tensor x, Tensor weight, Tensor? bias, Tensor? residual) -> Tensor");
 }
 
@@ -167,6 +203,10 @@ TORCH_LIBRARY_IMPL(promptmux_cpu, CPU, library) {
   library.impl("cross_attention", cross_attention_op);
   library.impl("write_cache", write_cache_op);
   library.impl("gelu_norm", gelu_norm_op);
+  library.impl("pack_weight", pack_weight_op);
+  library.impl("wide_product", wide_product_op);
+  library.impl("log_normalisers", log_normalisers_op);
+  library.impl("top_tokens", top_tokens_op);
   library.impl("few_rows", few_rows_op);
 }
 

@@ -24,16 +24,61 @@ using Vec = __m512;
 constexpr int64_t WIDTH = 16;
 
 inline Vec splat(float x) { return _mm512_set1_ps(x); }
-// Returns the second operand when one is NaN: pass the value that may be NaN second, to keep it.
+// Return the second operand when one is NaN: pass the value that may be NaN second, to keep it.
 inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 inline float sum(Vec x) { return _mm512_reduce_add_ps(x); }
 inline float highest(Vec x) { return _mm512_reduce_max_ps(x); }
+inline bool any_above(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
 inline Vec nearest(Vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec power_of_two(Vec n) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
 // The first `count` lanes of x, and `other` in the rest.
 inline Vec first(int64_t count, Vec x, Vec other) { return _mm512_mask_mov_ps(other, (1u << count) - 1, x); }
+
+// 2^n times x, for whole n.
+inline Vec scale_by_power(Vec x, Vec n) { return _mm512_scalef_ps(x, n); }
+// Lane j of rows[i] changes places with lane i of rows[j].
+inline void transpose(Vec (&rows)[WIDTH]) {
+  Vec t[WIDTH];
+  for (int64_t i = 0; i < WIDTH; i += 2) {
+    t[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  const auto low = [](Vec a, Vec b) { return (Vec)_mm512_unpacklo_pd((__m512d)a, (__m512d)b); };
+  const auto high = [](Vec a, Vec b) { return (Vec)_mm512_unpackhi_pd((__m512d)a, (__m512d)b); };
+  for (int64_t i = 0; i < WIDTH; i += 4) {
+    rows[i] = low(t[i], t[i + 2]);
+    rows[i + 1] = high(t[i], t[i + 2]);
+    rows[i + 2] = low(t[i + 1], t[i + 3]);
+    rows[i + 3] = high(t[i + 1], t[i + 3]);
+  }
+  // Each row now holds four columns of four rows, a column in each quarter.
+  for (int64_t i = 0; i < 4; ++i) {
+    const Vec a = _mm512_shuffle_f32x4(rows[i], rows[i + 4], 0x88), b = _mm512_shuffle_f32x4(rows[i], rows[i + 4], 0xdd);
+    const Vec c = _mm512_shuffle_f32x4(rows[i + 8], rows[i + 12], 0x88);
+    const Vec d = _mm512_shuffle_f32x4(rows[i + 8], rows[i + 12], 0xdd);
+    t[i] = _mm512_shuffle_f32x4(a, c, 0x88);
+    t[i + 8] = _mm512_shuffle_f32x4(a, c, 0xdd);
+    t[i + 4] = _mm512_shuffle_f32x4(b, d, 0x88);
+    t[i + 12] = _mm512_shuffle_f32x4(b, d, 0xdd);
+  }
+  for (int64_t i = 0; i < WIDTH; ++i) rows[i] = t[i];
+}
+// Lane i of the result is the sum of rows[i]: a third of the shuffles that as many single sums take.
+inline Vec sums(const Vec (&rows)[WIDTH]) {
+  Vec four[4];  // of each, quarter q holds parts of the sums of four rows
+  for (int64_t i = 0; i < 4; ++i) {
+    const Vec* r = rows + 4 * i;
+    const Vec a = _mm512_unpacklo_ps(r[0], r[1]) + _mm512_unpackhi_ps(r[0], r[1]);
+    const Vec b = _mm512_unpacklo_ps(r[2], r[3]) + _mm512_unpackhi_ps(r[2], r[3]);
+    four[i] = (Vec)_mm512_unpacklo_pd((__m512d)a, (__m512d)b) + (Vec)_mm512_unpackhi_pd((__m512d)a, (__m512d)b);
+  }
+  const Vec a = _mm512_shuffle_f32x4(four[0], four[1], 0x88) + _mm512_shuffle_f32x4(four[0], four[1], 0xdd);
+  const Vec b = _mm512_shuffle_f32x4(four[2], four[3], 0x88) + _mm512_shuffle_f32x4(four[2], four[3], 0xdd);
+  return _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd);
+}
 
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline Vec load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
@@ -55,6 +100,11 @@ inline void store(BFloat16* p, Vec x) {
 #endif
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
 }
+// Two vectors that came from bfloat16, element beside element.
+inline void store_pairs(BFloat16* p, Vec even, Vec odd) {
+  const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
+  _mm512_storeu_si512(p, _mm512_mask_mov_epi16(low, 0xaaaaaaaau, _mm512_castps_si512(odd)));
+}
 
 #else
 
@@ -62,8 +112,9 @@ using Vec = __m256;
 constexpr int64_t WIDTH = 8;
 
 inline Vec splat(float x) { return _mm256_set1_ps(x); }
-// Returns the second operand when one is NaN: pass the value that may be NaN second, to keep it.
+// Return the second operand when one is NaN: pass the value that may be NaN second, to keep it.
 inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 inline float sum(Vec x) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -74,6 +125,7 @@ inline float highest(Vec x) {
   half = _mm_max_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
 }
+inline bool any_above(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0; }
 inline Vec nearest(Vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec power_of_two(Vec n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
@@ -83,6 +135,39 @@ inline Vec first(int64_t count, Vec x, Vec other) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   const __m256i kept = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane);
   return _mm256_blendv_ps(other, x, _mm256_castsi256_ps(kept));
+}
+
+// 2^n times x, for whole n from -126 to 127.
+inline Vec scale_by_power(Vec x, Vec n) { return x * power_of_two(n); }
+// Lane j of rows[i] changes places with lane i of rows[j].
+inline void transpose(Vec (&rows)[WIDTH]) {
+  Vec t[WIDTH];
+  for (int64_t i = 0; i < WIDTH; i += 2) {
+    t[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  for (int64_t i = 0; i < WIDTH; i += 4) {
+    rows[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    rows[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    rows[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    rows[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  for (int64_t i = 0; i < 4; ++i) {
+    t[i] = _mm256_permute2f128_ps(rows[i], rows[i + 4], 0x20);
+    t[i + 4] = _mm256_permute2f128_ps(rows[i], rows[i + 4], 0x31);
+  }
+  for (int64_t i = 0; i < WIDTH; ++i) rows[i] = t[i];
+}
+// Lane i of the result is the sum of rows[i]: a third of the shuffles that as many single sums take.
+inline Vec sums(const Vec (&rows)[WIDTH]) {
+  Vec four[2];  // of each, either half holds parts of the sums of four rows
+  for (int64_t i = 0; i < 2; ++i) {
+    const Vec* r = rows + 4 * i;
+    const Vec a = _mm256_unpacklo_ps(r[0], r[1]) + _mm256_unpackhi_ps(r[0], r[1]);
+    const Vec b = _mm256_unpacklo_ps(r[2], r[3]) + _mm256_unpackhi_ps(r[2], r[3]);
+    four[i] = _mm256_shuffle_ps(a, b, 0x44) + _mm256_shuffle_ps(a, b, 0xee);
+  }
+  return _mm256_permute2f128_ps(four[0], four[1], 0x20) + _mm256_permute2f128_ps(four[0], four[1], 0x31);
 }
 
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
@@ -124,6 +209,18 @@ inline Vec exp(Vec x) {
   p = p * r + splat(1.6666665459e-1f);
   p = p * r + splat(5.0000001201e-1f);
   return (p * r * r + r + splat(1.0f)) * power_of_two(n);
+}
+
+// e^x for -87 < x <= 88, to 3e-6 of it (a polynomial of 2^f fitted for that): for results that bfloat16 rounds to 4e-3
+// anyway, at half the operations. NaN stays NaN; below -87 as `exp`.
+inline Vec rough_exp(Vec x) {
+  const Vec t = max(splat(-87.33654f), x) * splat(1.44269504088896341f);
+  const Vec n = nearest(t), f = t - n;
+  Vec p = splat(9.5701e-3f);
+  p = p * f + splat(5.591786e-2f);
+  p = p * f + splat(0.24024744f);
+  p = p * f + splat(0.6931218f);
+  return scale_by_power(p * f + splat(0.9999993f), n);
 }
 
 }  // namespace promptmux

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from promptmux_kernels import PromptBatch, Rows
+from promptmux_kernels.linear import wide_linear
 from promptmux_server.backbone.cache import DecodeCache
 from promptmux_server.backbone.config import BackboneConfig
 from promptmux_server.backbone.decoder import BeamRows, Decoder, Memory
@@ -69,8 +69,8 @@ class OFA(nn.Module):
         return self.decoder.step(embedded, beams, memory, self.encoder, cache, prompts)
 
     def logits(self, states: Tensor) -> Tensor:
-        """States (T, d_model) -> logits (T, vocab_size), by the tied embedding, without bias."""
+        """States (T, d_model) -> logits (T, vocab_size) float32, by the tied embedding, without bias."""
         if self.output_projection is None:
-            return F.linear(states, self.encoder.embed_tokens.weight)
+            return wide_linear(states, self.encoder.embed_tokens.weight)
         out: Tensor = self.output_projection(states)
         return out

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from promptmux_kernels.linear import PackedLinear, Use
+from promptmux_kernels.linear import PackedLinear, Use, WideLinear
 from promptmux_server.backbone.layers import Attention, DecoderLayer, EncoderLayer, Layer
 from promptmux_server.backbone.model import OFA
 
@@ -32,7 +32,7 @@ def pack(model: OFA) -> None:
         cross.out_proj = _packed(cross.out_proj, "few rows")
         cross.k_proj = _packed(cross.k_proj, "many rows")
         cross.v_proj = _packed(cross.v_proj, "many rows")
-    model.output_projection = PackedLinear(model.encoder.embed_tokens.weight, None, "few rows")
+    model.output_projection = WideLinear(model.encoder.embed_tokens.weight)
 
 
 class FusedAttention(Attention):

@@ -20,6 +20,7 @@ MEMORY = 0.98
 """Weight of a measurement after the next one: the last 50 carry the fit."""
 ERROR_MEMORY = 0.95
 STEPS_MEMORY = 0.9
+TURN_MEMORY = 0.95
 MAX_SURPRISE = 10.0
 """No measurement counts for more than so many times what was expected: one compilation must not own the fit."""
 MIN_SPREAD = 1e-2
@@ -72,6 +73,7 @@ class CostModel:
         self._fits = {stage: _Fit.around(self._coefficients.of(stage)) for stage in STAGES}
         self._errors: dict[Stage, float] = {}
         self._steps: dict[str, float] = {}
+        self._turn_ms: float | None = None
 
     @property
     def coefficients(self) -> Coefficients:
@@ -114,6 +116,19 @@ class CostModel:
         fit = self._fits[stage]
         fit.add(count, min(measured_ms, MAX_SURPRISE * max(predicted_ms, 1e-3)))
         self._coefficients = replace(self._coefficients, **{stage: fit.line(line)})
+
+    def observe_turn(self, measured_ms: float) -> None:
+        """A turn of the engine, in which every running request took a step and others joined, took so long."""
+        self._turn_ms = _blend(self._turn_ms, measured_ms, TURN_MEMORY)
+
+    def time_in_batch_ms(self, size: WorkSize) -> float:
+        """From a request's start to its answer, if turns go on taking as long as of late: 0 until one was seen.
+
+        Unlike `estimate`, which is the request's own part of the device, this is what its caller waits for.
+        """
+        if self._turn_ms is None:
+            return 0.0
+        return self.estimate(replace(size, expected_steps=0.0)) + size.expected_steps * self._turn_ms
 
     def learn_steps(self, task: str, steps: int) -> None:
         """An answer of this task took so many decoding steps."""

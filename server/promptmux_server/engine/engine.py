@@ -66,6 +66,10 @@ log = logging.getLogger(__name__)
 IDLE_S = 0.5
 """The longest the loop sleeps; what it waits for wakes it sooner."""
 
+LATENESS_MARGIN = 0.2
+"""Part of a request's expected time in the batch: with so much less time left it is not begun, for it would be late and
+the device's work lost; with so much more it is admitted. Between the two, estimates may err."""
+
 
 class Engine:
     """Serves the prompts of one store on one backbone; every public method may be called from any thread."""
@@ -130,10 +134,12 @@ class Engine:
         try:
             ticket = self._admission.ticket(request, task, lease)
             ticket.expected_steps = self._costs.expected_steps(request.task, ticket.most_steps)
-            # Costs that were never measured refuse nobody.
-            patience_ms = 1000.0 * (request.deadline - time.monotonic()) if self._options.warm_up else math.inf
             cost_ms = self._estimate(ticket, ticket.expected_steps)
-            self._queue.put(ticket, ticket.share, cost_ms, request.deadline, patience_ms)
+            in_batch_ms = self._time_in_batch_ms(ticket)
+            patience_ms = 1000.0 * (request.deadline - time.monotonic()) - in_batch_ms * (1.0 + LATENESS_MARGIN)
+            start_by = request.deadline - in_batch_ms * (1.0 - LATENESS_MARGIN) / 1000.0
+            # Costs that were never measured refuse nobody.
+            self._queue.put(ticket, ticket.share, cost_ms, start_by, patience_ms if self._options.warm_up else math.inf)
         except BaseException:
             self._tiers.release(lease)
             raise
@@ -145,9 +151,12 @@ class Engine:
 
     def _estimate(self, ticket: Ticket, steps: float) -> float:
         """Milliseconds of the device for a request whose answer takes so many steps, in a batch half full."""
-        unseen = ticket.picture is not None and ticket.picture.seen is None
-        size = WorkSize(unseen, ticket.memory_length, ticket.search.width, steps)
-        return self._costs.estimate(size, shared_by=(self._options.max_batch + 1) / 2)
+        return self._costs.estimate(_size(ticket, steps), shared_by=(self._options.max_batch + 1) / 2)
+
+    def _time_in_batch_ms(self, ticket: Ticket) -> float:
+        """How long a request runs once its turn has come; 0 where nothing waits, for then the batch may be empty soon
+        and what turns took under load says nothing."""
+        return self._costs.time_in_batch_ms(_size(ticket, ticket.expected_steps)) if len(self._queue) else 0.0
 
     def _ended(self, ticket: Ticket | None, lease: Lease) -> None:
         """Answered, failed or cancelled, on whatever thread: nothing of it waits any longer.
@@ -253,6 +262,7 @@ class Engine:
     def _turn(self) -> None:
         """Nobody waits in vain; who fits joins; everyone in the batch takes one step, and so does a rehearsal."""
         self._let_go()
+        began = time.perf_counter()
         room = self._options.max_batch - len(self._running)
         self._join(self._queue.take(room, self._options.joining_ms, self._may_join))
         self._rehearsals.step()
@@ -262,6 +272,7 @@ class Engine:
             return
         self._guarded(self._step, list(self._running.values()))
         self._settle()
+        self._costs.observe_turn(1000.0 * (time.perf_counter() - began))
 
     def _step(self) -> None:
         with self._measured("step", self._batch.beams):
@@ -282,7 +293,7 @@ class Engine:
         now = time.monotonic()
         late = [*self._queue.expire(now), *(t for t in self._running.values() if now > t.request.deadline)]
         for ticket in late:
-            ticket.fail(DeadlineExceeded("The request's deadline passed before its answer was complete."))
+            ticket.fail(DeadlineExceeded("The request's deadline passes before its answer is complete."))
         if now > self._drain_deadline:
             self._drain()
         self._drop([ticket for ticket in self._running.values() if ticket.future.done()])
@@ -405,6 +416,11 @@ class Engine:
             prompt=ticket.task.ref,
             timings_ms=ticket.marks.timings_ms(),
         )
+
+
+def _size(ticket: Ticket, steps: float) -> WorkSize:
+    unseen = ticket.picture is not None and ticket.picture.seen is None
+    return WorkSize(unseen, ticket.memory_length, ticket.search.width, steps)
 
 
 def _error(cause: Exception) -> PromptmuxError:

@@ -162,7 +162,7 @@ class RunningBatch:
         flat = torch.from_numpy(np.concatenate(slots)).to(self._model.device)
         states = self._model.teach([work.prefix for work in works], memory, prompts.decoder, (self._cache, flat))
         ends = torch.tensor(lengths, device=states.device).cumsum(0) - 1
-        logits = self._model.logits(states[ends]).float()
+        logits = self._model.logits(states[ends])
         for entry, own in zip(part, slots, strict=True):
             entry.keep(own[None], len(own))
         return logits
@@ -183,7 +183,7 @@ class RunningBatch:
             [entry.grid for entry in part],
         )
         prompts = self._prompts.batch([entry.work.prompt for entry in part]).decoder
-        logits = self._model.logits(self._model.step(beams, memory, self._cache, prompts)).float()
+        logits = self._model.logits(self._model.step(beams, memory, self._cache, prompts))
         for entry, history in zip(part, histories, strict=True):
             entry.keep(history, len(history))
         return logits

@@ -33,7 +33,8 @@ class Trie:
 
     def restrict(self, logits: Tensor, prefixes: Sequence[tuple[int, ...]]) -> Tensor:
         """Logits (rows, V) with everything that may not follow each row's prefix set to -inf."""
-        mask = torch.full_like(logits, -torch.inf)
+        out = torch.full_like(logits, -torch.inf)
         for row, prefix in enumerate(prefixes):
-            mask[row, list(self.children(prefix))] = 0.0
-        return logits + mask
+            tokens = list(self.children(prefix))
+            out[row, tokens] = logits[row, tokens]
+        return out

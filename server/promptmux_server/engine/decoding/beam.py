@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from promptmux_kernels.vocabulary import log_normalisers, top_tokens
 from promptmux_server.backbone.config import EOS, PAD
 from promptmux_server.engine.decoding.protocol import Step, check_finite
 from promptmux_server.tasks.decoding import DecodingParams, Hypothesis, Outcome
@@ -36,11 +37,15 @@ class BeamSearch:
     def advance(self, logits: Tensor) -> Step | None:
         check_finite(logits)
         step = len(self._tokens[0])
-        log_probs = self._log_probs(logits, step)  # (rows, V)
+        if self._trie is not None:
+            logits = self._trie.restrict(logits, self._tokens)
+        if self._params.temperature != 1.0:
+            logits = logits / self._params.temperature
+        normalisers = log_normalisers(logits)
+        self._exclude(logits, step)
         before = torch.tensor([scores[-1] if scores else 0.0 for scores in self._scores], device=logits.device)
-        totals = (log_probs + before[:, None]).flatten()
-        best, where = totals.topk(min(2 * self.width, totals.numel() - 1))
-        vocabulary = log_probs.shape[1]
+        best, where = top_tokens(logits, normalisers, before, min(2 * self.width, logits.numel() - 1))
+        vocabulary = logits.shape[1]
         found = [
             (score, place // vocabulary, place % vocabulary)
             for score, place in zip(best.tolist(), where.tolist(), strict=True)
@@ -56,22 +61,17 @@ class BeamSearch:
         self._scores = [(*self._scores[row], score) for score, row, _ in alive]
         return Step(tuple(token for _, _, token in alive), tuple(row for _, row, _ in alive))
 
-    def _log_probs(self, logits: Tensor, step: int) -> Tensor:
-        if self._trie is not None:
-            logits = self._trie.restrict(logits, self._tokens)
-        if self._params.temperature != 1.0:
-            logits = logits / self._params.temperature
-        log_probs = logits.log_softmax(-1)
-        log_probs[:, PAD] = -torch.inf
+    def _exclude(self, logits: Tensor, step: int) -> None:
+        """Give -inf to what may not come next, in place; the normaliser has counted it."""
+        logits[:, PAD] = -torch.inf
         if step >= self._params.max_length:
-            log_probs[:, :EOS] = -torch.inf
-            log_probs[:, EOS + 1 :] = -torch.inf
+            logits[:, :EOS] = -torch.inf
+            logits[:, EOS + 1 :] = -torch.inf
         elif step < self._params.min_length:
-            log_probs[:, EOS] = -torch.inf
+            logits[:, EOS] = -torch.inf
         if self._params.no_repeat_ngram:
             for row, tokens in enumerate(self._tokens):
-                log_probs[row, self._repeating((*self._prefix, *tokens))] = -torch.inf
-        return log_probs
+                logits[row, self._repeating((*self._prefix, *tokens))] = -torch.inf
 
     def _repeating(self, tokens: tuple[int, ...]) -> list[int]:
         """Tokens that would complete an n-gram that is there already."""

@@ -39,7 +39,7 @@ class Search(Protocol):
         """The text so far, if it only ever grows; None for a search that may still choose another."""
 
     def advance(self, logits: Tensor) -> Step | None:
-        """Take the logits (rows, V) float32 of the rows asked for last; None means finished.
+        """Take the logits (rows, V) float32 of the rows asked for last, to do with as it likes; None means finished.
 
         Raises NonFiniteLogits.
         """
