@@ -53,10 +53,10 @@ def read_header(data: bytes, file_bytes: int | None = None) -> Header:
     for side in ("encoder", "decoder"):
         if (f"{side}.prefix.key" in entries) != (f"{side}.prefix.value" in entries):
             raise InvalidPromptFile(f"{side}.prefix.key and {side}.prefix.value must come together")
-    dtypes = {_tensor(name, entry)[0] for name, entry in entries.items()}
+    spans = {name: _tensor(name, entry) for name, entry in entries.items()}
+    dtypes = {dtype for dtype, _, _, _ in spans.values()}
     if len(dtypes) > 1:
         raise InvalidPromptFile("all tensors must have one type")
-    spans = {name: _tensor(name, entry) for name, entry in entries.items()}
     _check_packed([(begin, end) for _, _, begin, end in spans.values()], file_bytes - 8 - size)
     return Header(manifest, {name: shape for name, (_, shape, _, _) in spans.items()}, next(iter(dtypes), "F32"))
 

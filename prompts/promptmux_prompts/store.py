@@ -184,6 +184,10 @@ class Store:
         head = self.head(name)
         if head is None or head.deleted:
             raise NameNotFound("No prompt has this name; list the prompts to see those that exist.")
+        return self.record_of(head, version)
+
+    def record_of(self, head: Head, version: int) -> VersionRecord:
+        """The same of a name whose HEAD has just been read; raises VersionNotFound and BlobCorrupt."""
         record = self._record(head, version)
         if record is None:
             raise VersionNotFound("The prompt has no such version; list its versions to see those that are kept.")

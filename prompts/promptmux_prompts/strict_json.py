@@ -15,7 +15,9 @@ def parse(text: str | bytes, what: str) -> Any:
     try:
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
         _check_depth(value)
-        json.dumps(value, ensure_ascii=False).encode()  # fails for half of a surrogate pair, which no encoder can write
+        if not text.isascii() or ("\\u" if isinstance(text, str) else b"\\u") in text:  # type: ignore[operator]
+            # Fails for half of a surrogate pair, which no encoder can write.
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise InvalidPromptFile(f"the {what} is not strict JSON") from error
     return value

@@ -13,6 +13,7 @@ import pytest
 from api.registry_server import Served, put, serving, small
 from promptmux_prompts import Prompt
 
+STUCK_S = 1200.0
 NAMES = [f"shared-{number}" for number in range(5)]
 LOST = {(412, "version_mismatch"), (404, "prompt_not_found"), (404, "version_not_found")}
 """The last two where another has deleted the name, or there is no version to go back to."""
@@ -35,7 +36,7 @@ class Publishers:
         for worker in workers:
             worker.start()
         for worker in workers:
-            worker.join(240)
+            worker.join(STUCK_S)
             assert not worker.is_alive(), "somebody is stuck"
 
     def _work(self, seed: int, each: int) -> None:
@@ -84,9 +85,11 @@ def publish_together(served: Served, threads: int, each: int) -> Publishers:
     publishers, over = Publishers(served.port, [small("shared", seed) for seed in range(12)]), threading.Event()
     collector = threading.Thread(target=collect, args=(served, over))
     collector.start()
-    publishers.run(threads, each)
-    over.set()
-    collector.join(60)
+    try:
+        publishers.run(threads, each)
+    finally:
+        over.set()
+        collector.join(60)
     return publishers
 
 

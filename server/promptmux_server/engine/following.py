@@ -72,7 +72,7 @@ class Follower:
                 problems[head.name] = QUARANTINED
         else:
             try:
-                record = self._shelf.store.record(head.name, head.version)
+                record = self._shelf.store.record_of(head, head.version)
                 listed = self._shelf.read(record, head.pinned)
                 with self._registry.coming(record.encoder_length, record.decoder_length):
                     self._registry.follow(head.name, before, listed)

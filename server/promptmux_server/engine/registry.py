@@ -187,7 +187,9 @@ class Registry:
             log.warning("prompt %s is too large to be pinned beside the others", listed.record.name)
 
     def _unpin(self, digest: str) -> None:
-        """Let a version go, unless another pinned name stands for it too."""
+        """Let a version go that is pinned, unless another pinned name stands for it too."""
+        if not self._tiers.place(digest).pinned:
+            return
         if all(self._listed[name].source.digest != digest for name in self._pinned):
             self._tiers.unpin(digest)
 

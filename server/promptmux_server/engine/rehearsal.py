@@ -15,14 +15,13 @@ from torch import Tensor
 
 from promptmux_prompts import Canary, Prompt
 from promptmux_server.backbone.config import EOS
-from promptmux_server.backbone.encoder import ImageTokens
 from promptmux_server.backbone.model import OFA
 from promptmux_server.backbone.tokenizer import Tokenizer
 from promptmux_server.engine.decoding import NonFiniteLogits, Search, Step, make_search
 from promptmux_server.engine.decoding.protocol import check_finite
 from promptmux_server.engine.prompt_table import NO_PROMPT, Pages, PromptPools, Residence, pool_bytes
 from promptmux_server.engine.runner import Work, closed_batch
-from promptmux_server.engine.scenes import Fits, Scene, greedy, scenes
+from promptmux_server.engine.scenes import Fits, Scene, canaries, greedy, question
 from promptmux_server.errors import CanaryFailed, PromptNonfinite
 from promptmux_server.tasks import TaskSpec
 from promptmux_server.tasks.decoding import Outcome
@@ -40,10 +39,9 @@ class Rehearsal:
     def __init__(
         self, model: OFA, tokenizer: Tokenizer, prompt: Prompt, spec: TaskSpec, fits: Fits = lambda slots, tokens: True
     ) -> None:
-        """Raises PromptRefused for canaries that the task could not be asked."""
+        """Raises PromptRefused for a task that could not be asked its canaries, or anything."""
         self._model, self._prompt, self._params = model, prompt, greedy(spec)
-        self._scenes = scenes(spec, tokenizer, fits)
-        self._seen: dict[Scene, ImageTokens] = {}
+        self._question, self._canaries = question(spec, tokenizer, fits), canaries(spec, tokenizer, fits)
         need = Pages.of(prompt.encoder_key.shape[2], prompt.decoder_key.shape[2])
         self._budget = pool_bytes(model.config, model.dtype, max(need.encoder, need.decoder))
 
@@ -52,17 +50,15 @@ class Rehearsal:
         pools, home = self._own_pools()
         if home != NO_PROMPT:
             yield from self._check_effect(pools, home)
-        if self._prompt.manifest.canary is None:
-            return
-        for index, scene in enumerate(self._scenes):
+        for index, scene in enumerate(self._canaries):
             got = yield from self._written(scene, pools, home)
             if got != scene.expected:
                 raise _differs(index, scene.expected, got)
 
     def tokens(self) -> list[tuple[int, ...]]:
-        """What the model writes for each input, whatever was expected; on this thread, at once."""
+        """What the model writes for each canary's input, whatever was expected; on this thread, at once."""
         pools, home = self._own_pools()
-        return [_finished(self._written(scene, pools, home)) for scene in self._scenes]
+        return [_finished(self._written(scene, pools, home)) for scene in self._canaries]
 
     def _own_pools(self) -> tuple[PromptPools, Residence]:
         pools = PromptPools(self._model.config, self._model.dtype, self._model.device, self._budget)
@@ -71,8 +67,8 @@ class Rehearsal:
     def _check_effect(self, pools: PromptPools, home: Residence) -> Passes:
         """With and without the prompt, in products of the same shape: what differs is the prompt's doing."""
         with_it, without = _FirstLogits(), _FirstLogits()
-        yield from self._run(self._scenes[0], with_it, pools, home)
-        yield from self._run(self._scenes[0], without, pools, NO_PROMPT)
+        yield from self._run(self._question, with_it, pools, home)
+        yield from self._run(self._question, without, pools, NO_PROMPT)
         difference = float((with_it.logits - without.logits).abs().max())
         if difference <= torch.finfo(self._model.dtype).eps * float(without.logits.abs().max()):
             message = "The prompt makes no difference: the backbone says the same without it."
@@ -85,10 +81,10 @@ class Rehearsal:
 
     def _run(self, scene: Scene, search: Search, pools: PromptPools, home: Residence) -> Passes:
         """One search, from the picture to its end."""
-        if scene.pixels is not None and scene not in self._seen:
-            [self._seen[scene]] = self._model.image_tokens(scene.pixels[None])
+        image = None
+        if scene.pixels is not None:
+            [image] = self._model.image_tokens(scene.pixels[None])
             yield
-        image = self._seen.get(scene)
         work = Work(scene.item.source_ids, scene.item.prefix_ids, image, search, alone=True)
         batch = closed_batch(self._model, [work], pools.batch([home]))
         while batch.live_rows:
@@ -126,9 +122,9 @@ def record_canaries(model: OFA, tokenizer: Tokenizer, prompt: Prompt, inputs: Se
     asked = replace(prompt.manifest, canary=tuple(Canary(tokens=(EOS,), **given) for given in inputs))
     with torch.no_grad():
         written = Rehearsal(model, tokenizer, prompt, TaskSpec.from_manifest(asked, model.config)).tokens()
-    canaries = tuple(Canary(tokens=tokens, **given) for tokens, given in zip(written, inputs, strict=True))
+    told = tuple(Canary(tokens=tokens, **given) for tokens, given in zip(written, inputs, strict=True))
     sides = (prompt.encoder_key, prompt.encoder_value, prompt.decoder_key, prompt.decoder_value)
-    return Prompt.build(replace(asked, canary=canaries), *sides)
+    return Prompt.build(replace(asked, canary=told), *sides)
 
 
 def _finished(run: Generator[None, None, tuple[int, ...]]) -> tuple[int, ...]:

@@ -17,9 +17,10 @@ from promptmux_server.errors import PromptQuarantined
 from promptmux_server.tasks import TaskSpec
 
 BUDGET_BYTES = 16 << 20
-BYTES_PER_CHARACTER = 6
-"""About what a manifest takes as objects, by its length as JSON."""
 LEAST_BYTES = 4096
+"""About what a spec takes without its answers and canaries."""
+ANSWER_BYTES = 160
+"""About what an answer takes, as a text and as a label."""
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,9 @@ class TaskSpecs:
     def make(self, digest: str, manifest: Manifest) -> TaskSpec:
         """The spec of a manifest that is at hand; raises InvalidPromptFile if this server cannot serve it."""
         spec = TaskSpec.from_manifest(manifest, self._config)
-        size = LEAST_BYTES + BYTES_PER_CHARACTER * len(manifest.to_json())
+        answers, canaries = manifest.answers or (), manifest.canary or ()
+        size = LEAST_BYTES + sum(ANSWER_BYTES + len(answer) for answer in answers)
+        size += sum(len(canary.image or "") + 8 * len(canary.tokens) for canary in canaries)
         with self._lock:
             if digest not in self._kept:
                 self._kept[digest] = (spec, size)
