@@ -13,7 +13,7 @@ from typing import Any
 
 from promptmux_prompts.disk import Disk
 from promptmux_prompts.errors import BlobCorrupt
-from promptmux_prompts.records import Head
+from promptmux_prompts.records import Head, now
 from promptmux_prompts.strict_json import canonical
 
 LOG = "log"
@@ -26,9 +26,9 @@ class Audit:
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
 
-    def append(self, *, time: str, action: str, author: str, head: Head, **details: object) -> None:
-        """Write one line durably, or none."""
-        line = {"time": time, "action": action, "author": author, "head": json.loads(head.to_json()), **details}
+    def append(self, *, action: str, author: str, head: Head, sha256: str | None) -> None:
+        """Write one line durably, or none; `sha256` is the digest of the version that the change was about."""
+        line = {"time": now(), "action": action, "author": author, "head": json.loads(head.to_json()), "sha256": sha256}
         data = canonical(line).encode() + b"\n"
         file = self._disk.open_log(FILE)
         try:

@@ -6,6 +6,7 @@ Knows nothing of files. A record that cannot be read as what it must be raises B
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
 from enum import Enum
 from typing import Any, Literal, Self
 
@@ -102,6 +103,11 @@ class Head(_Record):
     def has(self, version: int) -> bool:
         """Whether a version of this number belongs to the name's present life."""
         return not self.deleted and self.floor <= version <= self.latest
+
+
+def now() -> str:
+    """RFC 3339, UTC, in milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def check_expected(head: Head | None, expected: Expected) -> None:

@@ -125,6 +125,13 @@ class Refs:
         finally:
             self._disk.close(file)
 
+    def remove(self, name: str, version: int) -> None:
+        self._disk.unlink(self.place(name, version))
+
+    def set_aside(self, name: str, version: int, folder: str) -> None:
+        """Move a damaged record out of the way, for somebody to look at."""
+        self._disk.rename(self.place(name, version), f"{folder}/{name}.{version}.json")
+
     def settle(self, name: str) -> None:
         """Make sure that what can be read of a name would survive a power cut, whoever wrote it and died."""
         self._disk.sync_folder(f"{REFS}/{name}")

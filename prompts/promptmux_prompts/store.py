@@ -6,15 +6,17 @@ returning, and by then it would survive a power cut. Knows nothing of servers, d
 
 from __future__ import annotations
 
-import hashlib
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Self
 
 from promptmux_prompts.audit import LOG, Audit
+from promptmux_prompts.blobs import BLOBS, QUARANTINE, Blobs
+from promptmux_prompts.collection import Collected, Collector
 from promptmux_prompts.disk import Disk
 from promptmux_prompts.errors import (
     BlobCorrupt,
@@ -25,12 +27,13 @@ from promptmux_prompts.errors import (
 )
 from promptmux_prompts.faults import fault
 from promptmux_prompts.format import Prompt
-from promptmux_prompts.records import Expected, Head, VersionRecord, check_expected, is_name
+from promptmux_prompts.locks import Locks
+from promptmux_prompts.records import Expected, Head, VersionRecord, check_expected, is_name, now
+from promptmux_prompts.recovery import Recoverer, Recovery
 from promptmux_prompts.refs import REFS, TMP, Refs
 from promptmux_prompts.storing import storing
 from promptmux_prompts.upload import Upload
 
-BLOBS, QUARANTINE = "blobs", "quarantine"
 FOLDERS = ("", BLOBS, REFS, LOG, QUARANTINE, TMP)
 
 
@@ -42,8 +45,10 @@ class Store:
     """One registry on disk; any number of threads and processes may use it at once."""
 
     def __init__(self, disk: Disk, *, keep_versions: int, max_names: int) -> None:
-        self._disk, self._refs, self._audit = disk, Refs(disk), Audit(disk)
+        self._disk, self._refs, self._blobs = disk, Refs(disk), Blobs(disk)
+        self._audit, self._locks = Audit(disk), Locks(disk)
         self._keep_versions, self._max_names = keep_versions, max_names
+        self._opened = time.time()
 
     @classmethod
     def open(cls, root: Path, *, keep_versions: int = 10, max_names: int = 1000, disk: Disk | None = None) -> Self:
@@ -81,9 +86,7 @@ class Store:
         """
         if not is_name(name):
             raise InvalidName("a name has 1 to 64 of a-z, 0-9, dot, dash and underscore, begins with a-z or 0-9, no ..")
-        with self._changing(), self._living(name):
-            head = self._refs.head(name)
-            check_expected(head, expected)
+        with self._locks.changing(), self._living(name, expected) as head:
             digest = prompt.digest if seed else head.seed if head else None
             record = self._same(head, prompt)
             if head is None or record is None:
@@ -96,10 +99,10 @@ class Store:
                     bytes=upload.size,
                     encoder_length=prompt.manifest.encoder_length,
                     decoder_length=prompt.manifest.decoder_length,
-                    created=_now(),
+                    created=now(),
                     author=author,
                 )
-                upload.keep(self._blob(record))
+                upload.keep(self._blobs.place(record.file_sha256))
                 self._refs.write(record)
                 floor = number if head is None or head.deleted else head.floor
                 pinned = head is not None and head.pinned
@@ -124,9 +127,9 @@ class Store:
 
         Raises NameNotFound, VersionNotFound, VersionMismatch, and BlobCorrupt for a version that is damaged.
         """
-        with self._changing(), self._existing(name, expected) as head:
+        with self._locks.changing(), self._existing(name, expected) as head:
             record = self.record(name, to) if to is not None else self._before(head)
-            self._verify(record)
+            self._check(record)
             self._move("rollback", head, replace(head, version=record.version), author, record)
             on_head(record)
             fault("rollback.swapped")
@@ -139,7 +142,7 @@ class Store:
 
         Raises NameNotFound and VersionMismatch.
         """
-        with self._changing(), self._existing(name, expected) as head:
+        with self._locks.changing(), self._existing(name, expected) as head:
             after = replace(head, deleted=True, pinned=False, floor=head.latest + 1)
             self._move("delete", head, after, author)
             on_head()
@@ -147,7 +150,7 @@ class Store:
 
     def set_pinned(self, name: str, pinned: bool, *, author: str) -> Head:
         """Remember whether a name's prompt is to stay on the device; raises NameNotFound."""
-        with self._changing(), self._existing(name, None) as head:
+        with self._locks.changing(), self._existing(name, None) as head:
             after = replace(head, pinned=pinned)
             self._move("pin" if pinned else "unpin", head, after, author)
         return after
@@ -199,49 +202,60 @@ class Store:
 
     def blob_path(self, record: VersionRecord) -> Path:
         """Where a version's file is; whoever reads it checks its content."""
-        return self._disk.root / self._blob(record)
+        return self._disk.root / self._blobs.place(record.file_sha256)
 
     def read(self, record: VersionRecord) -> bytes:
         """A version's whole file; raises BlobCorrupt if it is not what was written."""
         with _reading():
-            data = self._disk.read(self._blob(record), limit=record.bytes)
-        if len(data) != record.bytes or hashlib.sha256(data).hexdigest() != record.file_sha256:
-            raise BlobCorrupt("the stored file is not what was published; publish the prompt again")
-        return data
+            return self._blobs.read(record)
+
+    # -- Care
+
+    def recover(self, *, fall_back: bool = True) -> Recovery:
+        """At start: verify what every name stands for, and clear away what dead processes left.
+
+        A name whose version is damaged stands for the newest whole one before it from then on, if `fall_back` says so.
+        Raises StorageFailed only if the registry cannot be read at all.
+        """
+        parts = self._disk, self._refs, self._blobs, self._audit, self._locks
+        with storing():
+            return Recoverer(*parts).recover(fall_back=fall_back, before=self._opened)
+
+    def collect(self, *, older_than_s: float = 3600) -> Collected:
+        """Remove versions beyond `keep_versions` and files that no version needs; raises StorageFailed."""
+        parts = self._disk, self._refs, self._blobs, self._audit, self._locks
+        with storing():
+            collector = Collector(*parts, keep_versions=self._keep_versions)
+            return collector.collect(before=time.time() - older_than_s)
 
     # -- Steps
 
     @contextmanager
-    def _changing(self) -> Iterator[None]:
-        """Keep collection out. Who comes queues behind one who waits to collect, so that neither starves."""
-        with storing():
-            with self._disk.lock("lock.turn"):
-                pass
-            with self._disk.lock("lock", shared=True):
-                yield
-
-    @contextmanager
-    def _living(self, name: str) -> Iterator[None]:
-        """Alone with a name that lives, or that may come to life by being one of at most `max_names`."""
-        if self._lives(name):
+    def _living(self, name: str, expected: Expected) -> Iterator[Head | None]:
+        """Alone with a name that lives, or that may come to life by being one of at most `max_names`; and its HEAD."""
+        if _lives(self._refs.head(name)):
             with self._refs.lock(name):
-                if self._lives(name):
-                    yield
+                if _lives(head := self._refs.head(name)):
+                    check_expected(head, expected)
+                    yield head
                     return
-        with self._disk.lock("lock.names"):
+        with self._locks.coming_to_life():
+            known = self._refs.head(name)
+            if known is None:
+                check_expected(None, expected)
             self._require_room(name)
-            self._refs.make(name)
+            if known is None:
+                self._refs.make(name)
             with self._refs.lock(name):
-                yield
-
-    def _lives(self, name: str) -> bool:
-        head = self._refs.head(name)
-        return head is not None and not head.deleted
+                head = self._refs.head(name)
+                check_expected(head, expected)
+                yield head
 
     def _require_room(self, name: str) -> None:
         """Counts the living only where the names that ever were might be too many."""
-        others = [other for other in self._refs.names() if other != name]
-        if len(others) >= self._max_names and sum(map(self._lives, others)) >= self._max_names:
+        if sum(other != name for other in self._refs.names()) < self._max_names:
+            return
+        if sum(not head.deleted for head in self.heads() if head.name != name) >= self._max_names:
             raise RegistryFull(f"the registry holds at most {self._max_names} prompts; delete one or raise the limit")
 
     @contextmanager
@@ -251,8 +265,8 @@ class Store:
         if head is not None:
             with self._refs.lock(name):
                 head = self._refs.head(name)
-                check_expected(head, expected)
                 if head is not None and not head.deleted:
+                    check_expected(head, expected)
                     yield head
                     return
         check_expected(head, expected)
@@ -266,7 +280,7 @@ class Store:
             record = self.record(head.name, head.version)
             if record.sha256 != prompt.digest:
                 return None
-            self._verify(record)
+            self._check(record)
         except (BlobCorrupt, VersionNotFound):
             return None
         return record
@@ -275,14 +289,15 @@ class Store:
         for number in reversed([n for n in self._numbers(head) if n < head.version]):
             try:
                 record = self.record(head.name, number)
-                self._verify(record)
+                self._check(record)
             except (BlobCorrupt, VersionNotFound):
                 continue
             return record
         raise VersionNotFound("No earlier version is kept; publish one, or name the version to go to.")
 
-    def _verify(self, record: VersionRecord) -> None:
-        self.read(record)
+    def _check(self, record: VersionRecord) -> None:
+        with _reading():
+            self._blobs.check(record)
 
     def _numbers(self, head: Head) -> list[int]:
         with _reading():
@@ -292,21 +307,18 @@ class Store:
         self, action: str, before: Head | None, after: Head, author: str, record: VersionRecord | None = None
     ) -> None:
         """Move HEAD unless it stands there already, and write the audit line."""
-
-        def audit() -> None:
-            digest = record.sha256 if record else None
-            self._audit.append(time=_now(), action=action, author=author, head=after, sha256=digest)
-            fault(f"{action}.audited")
-
+        digest = record.sha256 if record else None
+        audit = partial(self._audit.append, action=action, author=author, head=after, sha256=digest)
         if after == before:
             self._refs.settle(after.name)
             audit()
         else:
             self._refs.move_head(after, what=action, then=audit)
+        fault(f"{action}.audited")
 
-    @staticmethod
-    def _blob(record: VersionRecord) -> str:
-        return f"{BLOBS}/{record.file_sha256}.safetensors"
+
+def _lives(head: Head | None) -> bool:
+    return head is not None and not head.deleted
 
 
 @contextmanager
@@ -316,7 +328,3 @@ def _reading() -> Iterator[None]:
         yield
     except OSError as error:
         raise BlobCorrupt("a stored file cannot be read; look at the registry's volume") from error
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
