@@ -24,7 +24,8 @@ class FaultInjected(Exception):
 class _Armed:
     pattern: str
     kind: str
-    delay_s: float
+    delay_s: float | None
+    """Of a fault that only waits."""
     nth: int | None
     """Fires at this passing only; None: at every passing."""
     passed: int = 0
@@ -40,7 +41,7 @@ class _Armed:
     def fire(self, point: str) -> None:
         if self.kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        elif self.kind == "delay":
+        elif self.delay_s is not None:
             time.sleep(self.delay_s)
         elif self.kind == "raise":
             raise FaultInjected(point)
@@ -66,11 +67,13 @@ def arm(spec: str) -> None:
     """
     global _armed
     point, _, rest = spec.partition(":")
-    kind, _, nth = rest.partition(":")
-    delay_s = 0.0
+    kind, colon, nth = rest.partition(":")
+    delay_s = None
     if kind.startswith("delay_") and kind[6:].isdecimal():
-        kind, delay_s = "delay", int(kind[6:]) / 1000
-    if not point or kind not in ("kill", "delay", "raise", *_ERRORS) or not (nth.isdecimal() or rest == kind):
+        delay_s = int(kind[6:]) / 1000
+    elif kind not in ("kill", "raise", *_ERRORS):
+        kind = ""
+    if not (point and kind) or (colon and not nth.isdecimal()):
         raise ValueError("a fault is written point:kind[:n] with kind kill, eio, enospc, raise or delay_MS")
     _armed = _Armed(point, kind, delay_s, int(nth) if nth else None)
 

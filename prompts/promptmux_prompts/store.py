@@ -86,7 +86,7 @@ class Store:
         """
         if not is_name(name):
             raise InvalidName("a name has 1 to 64 of a-z, 0-9, dot, dash and underscore, begins with a-z or 0-9, no ..")
-        with self._locks.changing(), self._living(name, expected) as head:
+        with storing(), self._locks.changing(), self._living(name, expected) as head:
             digest = prompt.digest if seed else head.seed if head else None
             record = self._same(head, prompt)
             if head is None or record is None:
@@ -127,7 +127,7 @@ class Store:
 
         Raises NameNotFound, VersionNotFound, VersionMismatch, and BlobCorrupt for a version that is damaged.
         """
-        with self._locks.changing(), self._existing(name, expected) as head:
+        with storing(), self._locks.changing(), self._existing(name, expected) as head:
             record = self.record(name, to) if to is not None else self._before(head)
             self._check(record)
             self._move("rollback", head, replace(head, version=record.version), author, record)
@@ -142,7 +142,7 @@ class Store:
 
         Raises NameNotFound and VersionMismatch.
         """
-        with self._locks.changing(), self._existing(name, expected) as head:
+        with storing(), self._locks.changing(), self._existing(name, expected) as head:
             after = replace(head, deleted=True, pinned=False, floor=head.latest + 1)
             self._move("delete", head, after, author)
             on_head()
@@ -150,7 +150,7 @@ class Store:
 
     def set_pinned(self, name: str, pinned: bool, *, author: str) -> Head:
         """Remember whether a name's prompt is to stay on the device; raises NameNotFound."""
-        with self._locks.changing(), self._existing(name, None) as head:
+        with storing(), self._locks.changing(), self._existing(name, None) as head:
             after = replace(head, pinned=pinned)
             self._move("pin" if pinned else "unpin", head, after, author)
         return after
