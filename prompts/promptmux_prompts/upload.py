@@ -27,10 +27,12 @@ class Upload:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self._spent:
-            with suppress(OSError):  # recovery clears it away as well
-                self._disk.unlink(self._place)
-        self._disk.close(self._file)
+        try:
+            if not self._spent:
+                with suppress(OSError):  # recovery clears it away as well
+                    self._disk.unlink(self._place)
+        finally:
+            self._disk.close(self._file)
 
     @property
     def sha256(self) -> str:

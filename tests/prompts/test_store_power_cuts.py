@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import shutil
 from collections import Counter
@@ -15,12 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from promptmux_prompts import Head, NameNotFound, Store, StoreError
+from promptmux_prompts import Head, NameNotFound, StorageFailed, Store, StoreError
+from promptmux_prompts.audit import Audit
 from promptmux_prompts.refs import Refs
 from promptmux_prompts.upload import Upload
 from prompts.crash_states import CrashModel, Tree, plant, tree_of
 from prompts.store_cases import file_of, kept, live, prompt, publish
-from prompts.watched_disk import Change, QuickDisk, WatchedDisk
+from prompts.watched_disk import Change, Failing, QuickDisk, WatchedDisk
 
 Standing = dict[str, tuple[int, bool, bytes]]
 """Version, pinned, file of each name."""
@@ -81,16 +83,21 @@ def judged(
 
 
 def verdict(root: Path, new: Standing, done: bool) -> str:
-    store = Store.open(root, disk=QuickDisk(root))
-    recovery = store.recover()
-    with suppress(StoreError):
-        found = {
-            name: (head.version, head.pinned, kept(store, name)[head.version]) for name, head in live(store).items()
-        }
-        if not recovery.damaged and found == new:
-            return "new"
-        if not recovery.damaged and found == OLD:
-            return "lost" if done else "old"
+    """Of what a store that starts from this tree serves: "old", "new", "torn", or "lost" what was acknowledged."""
+    disk = QuickDisk(root)
+    store = Store.open(root, disk=disk)
+    if store.recover().damaged:
+        return "torn"
+    heads = live(store)
+    try:
+        found = {name: (head.version, head.pinned, kept(store, name)[head.version]) for name, head in heads.items()}
+    except StoreError:
+        return "torn"
+    logged = all(Audit(disk).last_head(name) == store.head(name) for name in {*OLD, *new})
+    if found == new and (logged or not done):
+        return "new"
+    if found in (OLD, new):
+        return "lost" if done else "old"
     return "torn"
 
 
@@ -120,13 +127,28 @@ def test_who_repeats_what_a_killed_process_began_makes_it_last(tmp_path: Path, o
             act(store)
         if killed.left > 0:
             break
-        began = len(changes)
         again = Store.open(root, disk=WatchedDisk(root, after=lambda change, to=changes: to.append(renumbered(change))))
         with suppress(NameNotFound):  # deleted already
             act(again)
-            verdicts = judged(tree, changes, len(changes), new, tmp_path / "after", since=began)
-            assert verdicts["torn"] == verdicts["lost"] == 0
-            assert verdicts["new"] > 0
+            verdicts = judged(tree, changes, len(changes), new, tmp_path / "after", since=len(changes))
+            assert verdicts.keys() == {"new"}
+
+
+@pytest.mark.parametrize("operation", ["publish a version", "publish a name", "rollback", "delete"])
+def test_a_change_that_failed_tears_nothing_either(tmp_path: Path, operation: str) -> None:
+    """The disk failed once, so that the old HEAD was put back, and then the power."""
+    act, new = OPERATIONS[operation]
+    tree = prepared(tmp_path / "before")
+    for nth in itertools.count(1):
+        changes: list[Change] = []
+        disk = WatchedDisk(plant(tree, tmp_path / str(nth)), after=changes.append)
+        store = Store.open(disk.root, disk=disk)
+        disk.before = failing = Failing(nth, errno.EIO)
+        with suppress(StorageFailed):
+            act(store)
+        if failing.kind is None:
+            break
+        assert judged(tree, changes, len(changes) + 1, new, tmp_path / "after")["torn"] == 0
 
 
 @dataclass
