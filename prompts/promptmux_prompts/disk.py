@@ -101,6 +101,14 @@ class Disk:
                 missing -= len(chunk)
         return b"".join(chunks)
 
+    def read_back(self, file: int) -> bytes:
+        """All that an open file holds, wherever its place is by now."""
+        size, chunks, done = os.fstat(file).st_size, [], 0
+        while done < size and (chunk := os.pread(file, size - done, done)):
+            chunks.append(chunk)
+            done += len(chunk)
+        return b"".join(chunks)
+
     @contextmanager
     def open(self, place: str) -> Iterator[int]:
         """A descriptor for reading a plain file."""
@@ -120,9 +128,13 @@ class Disk:
         with self._folder(parent) as folder:
             return os.stat(name, dir_fd=folder, follow_symlinks=False)
 
-    def names(self, place: str) -> list[str]:
+    def names(self, place: str, *, of_files: bool = True) -> list[str]:
+        """What a folder holds; without `of_files`, only what is no plain file."""
         with self._folder(place) as folder:
-            return os.listdir(folder)
+            if of_files:
+                return os.listdir(folder)
+            with os.scandir(folder) as entries:
+                return [entry.name for entry in entries if not entry.is_file(follow_symlinks=False)]
 
     def abandoned(self, place: str) -> bool:
         """Whether nobody who is alive holds a file that `create` made."""

@@ -6,6 +6,7 @@ Knows nothing of blobs or of who may change what; the caller holds the name's lo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -16,6 +17,7 @@ from promptmux_prompts.faults import fault
 from promptmux_prompts.records import MAX_RECORD_BYTES, Head, VersionRecord, is_name
 
 REFS, TMP = "refs", "tmp"
+VERSION = re.compile(r"[1-9][0-9]{0,17}")
 
 
 class Refs:
@@ -26,7 +28,11 @@ class Refs:
 
     def names(self) -> list[str]:
         """All that were ever published, deleted ones included, sorted."""
-        return sorted(name for name in self._disk.names(REFS) if is_name(name))
+        return sorted(name for name in self._disk.names(REFS, of_files=False) if is_name(name))
+
+    def count(self) -> int:
+        """At least as many as there are names."""
+        return len(self._disk.names(REFS))
 
     def head(self, name: str) -> Head | None:
         try:
@@ -52,7 +58,7 @@ class Refs:
             stems = [file.removesuffix(".json") for file in self._disk.names(f"{REFS}/{name}")]
         except FileNotFoundError:
             return []
-        return sorted(int(stem) for stem in stems if stem.isascii() and stem.isdecimal())
+        return sorted(int(stem) for stem in stems if VERSION.fullmatch(stem))
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:

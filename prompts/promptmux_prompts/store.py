@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -128,8 +128,11 @@ class Store:
         Raises NameNotFound, VersionNotFound, VersionMismatch, and BlobCorrupt for a version that is damaged.
         """
         with storing(), self._locks.changing(), self._existing(name, expected) as head:
-            record = self.record(name, to) if to is not None else self._before(head)
-            self._check(record)
+            if to is None:
+                record = self._before(head)
+            else:
+                record = self.record(name, to)
+                self._check(record)
             self._move("rollback", head, replace(head, version=record.version), author, record)
             on_head(record)
             fault("rollback.swapped")
@@ -181,8 +184,7 @@ class Store:
         head = self.head(name)
         if head is None or head.deleted:
             raise NameNotFound("No prompt has this name; list the prompts to see those that exist.")
-        with _reading():
-            record = self._refs.record(name, version) if head.has(version) else None
+        record = self._record(head, version)
         if record is None:
             raise VersionNotFound("The prompt has no such version; list its versions to see those that are kept.")
         return record
@@ -194,11 +196,9 @@ class Store:
             return []
         found = []
         for number in self._numbers(head):
-            try:
-                found.append(self.record(name, number))
-            except (BlobCorrupt, NameNotFound, VersionNotFound):  # damaged, or gone meanwhile
-                continue
-        return found
+            with suppress(BlobCorrupt):
+                found.append(self._record(head, number))
+        return [record for record in found if record]  # one may have been collected meanwhile
 
     def blob_path(self, record: VersionRecord) -> Path:
         """Where a version's file is; whoever reads it checks its content."""
@@ -253,7 +253,7 @@ class Store:
 
     def _require_room(self, name: str) -> None:
         """Counts the living only where the names that ever were might be too many."""
-        if sum(other != name for other in self._refs.names()) < self._max_names:
+        if self._refs.count() < self._max_names:
             return
         if sum(not head.deleted for head in self.heads() if head.name != name) >= self._max_names:
             raise RegistryFull(f"the registry holds at most {self._max_names} prompts; delete one or raise the limit")
@@ -274,26 +274,28 @@ class Store:
 
     def _same(self, head: Head | None, prompt: Prompt) -> VersionRecord | None:
         """HEAD's version, if it has the same content and is whole."""
-        if head is None or head.deleted:
-            return None
-        try:
-            record = self.record(head.name, head.version)
-            if record.sha256 != prompt.digest:
-                return None
-            self._check(record)
-        except (BlobCorrupt, VersionNotFound):
-            return None
-        return record
+        return self._whole(head, head.version, prompt.digest) if head else None
 
     def _before(self, head: Head) -> VersionRecord:
         for number in reversed([n for n in self._numbers(head) if n < head.version]):
-            try:
-                record = self.record(head.name, number)
-                self._check(record)
-            except (BlobCorrupt, VersionNotFound):
-                continue
-            return record
+            if record := self._whole(head, number):
+                return record
         raise VersionNotFound("No earlier version is kept; publish one, or name the version to go to.")
+
+    def _whole(self, head: Head, version: int, sha256: str | None = None) -> VersionRecord | None:
+        """A version, if it is there, undamaged and, where that is asked for, of this content."""
+        try:
+            record = self._record(head, version)
+            if record is None or sha256 not in (None, record.sha256):
+                return None
+            self._check(record)
+        except BlobCorrupt:
+            return None
+        return record
+
+    def _record(self, head: Head, version: int) -> VersionRecord | None:
+        with _reading():
+            return self._refs.record(head.name, version) if head.has(version) else None
 
     def _check(self, record: VersionRecord) -> None:
         with _reading():

@@ -49,7 +49,7 @@ class Upload:
     def read(self) -> bytes:
         """All that was received."""
         with storing():
-            return self._disk.read(self._place, limit=self.size)
+            return self._disk.read_back(self._file)
 
     def keep(self, place: str) -> None:
         """Sync the file and give it its place for good; raises OSError. A file that could not be synced is not kept."""

@@ -228,7 +228,10 @@ def test_an_upload_that_is_not_published_leaves_nothing(store: Store, root: Path
         upload.write(b"def")
         assert (upload.read(), upload.size) == (b"abcdef", 6)
         assert upload.sha256 == hashlib.sha256(b"abcdef").hexdigest()
-        assert len(unfinished(root)) == 1
+        (left,) = unfinished(root)
+        (root / "tmp" / left).rename(root / "tmp" / "elsewhere")  # what was received is read, not what is found there
+        assert upload.read() == b"abcdef"
+        (root / "tmp" / "elsewhere").rename(root / "tmp" / left)
     assert unfinished(root) == []
     with pytest.raises(InvalidName):
         publish(store, "Not a name", 1)

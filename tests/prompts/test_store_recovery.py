@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def opened(root: Path) -> Store:
+    root.mkdir(exist_ok=True)
     return Store.open(root, disk=QuickDisk(root))
 
 
@@ -199,6 +201,7 @@ def test_a_folder_in_place_of_each_file_stops_nobody(root: Path) -> None:
     ):
         path.unlink(missing_ok=True)
         path.mkdir()
+    (root / "refs" / "stray").write_bytes(b"")
     assert sorted(found.name for found in opened(root).recover().damaged) == ["blob", "head", "record"]
     assert store.read(store.record("good", 1)) == file_of(0)
     publish(store, "new", 1)
@@ -268,3 +271,21 @@ def test_recovery_spares_a_version_that_was_published_meanwhile(root: Path) -> N
     assert recovery.damaged == ()
     assert contents(opened(root)) == {"vqa": (2, file_of(1))}
     assert kept(opened(root), "vqa") == {1: file_of(1), 2: file_of(1)}
+
+
+def test_a_copy_that_was_made_while_somebody_published_is_a_store(root: Path) -> None:
+    store, copy = opened(root / "registry"), root / "copy"
+    for number in (1, 2):
+        publish(store, "vqa", number)
+    publish(store, "gone", 3)
+    copy.mkdir()
+    for folder in ("refs", "log", "blobs"):
+        shutil.copytree(root / "registry" / folder, copy / folder)
+        publish(store, "vqa", 4)
+        publish(store, "new", 4)
+        if folder == "refs":
+            store.delete("gone", author="x")
+    restored = opened(copy)
+    assert restored.recover().damaged == ()
+    assert contents(restored) == {"vqa": (2, file_of(2)), "gone": (1, file_of(3))}
+    assert publish(restored, "vqa", 5).version == 3
