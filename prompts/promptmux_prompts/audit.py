@@ -41,11 +41,10 @@ class Audit:
         size = os.fstat(file).st_size
         if size and os.pread(file, 1, size - 1) != b"\n":  # somebody died in the middle of a line
             data = b"\n" + data
+        self._disk.sync_folder(LOG)  # the file may be new, or made by somebody who died
         try:
             self._disk.write(file, data)
             self._disk.sync(file)
-            if not size:
-                self._disk.sync_folder(LOG)
         except Exception:
             with suppress(OSError):
                 self._disk.truncate(file, size)

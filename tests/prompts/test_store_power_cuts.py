@@ -60,7 +60,14 @@ def recorded(tree: Tree, root: Path, act: Callable[[Store], object]) -> tuple[li
 
 
 def judged(
-    tree: Tree, changes: list[Change], acknowledged: int, new: Standing, scratch: Path, *, since: int = 0
+    tree: Tree,
+    changes: list[Change],
+    acknowledged: int,
+    new: Standing,
+    scratch: Path,
+    *,
+    old: Standing = OLD,
+    since: int = 0,
 ) -> Counter[str]:
     """Cut the power after each change and let a store recover from all that the disk might hold; counts of verdicts."""
     verdicts: Counter[str] = Counter()
@@ -77,12 +84,12 @@ def judged(
             if key in seen:
                 continue
             seen.add(key)
-            verdicts[verdict(plant(state, scratch), new, done)] += 1
+            verdicts[verdict(plant(state, scratch), old, new, done)] += 1
             shutil.rmtree(scratch)
     return verdicts
 
 
-def verdict(root: Path, new: Standing, done: bool) -> str:
+def verdict(root: Path, old: Standing, new: Standing, done: bool) -> str:
     """Of what a store that starts from this tree serves: "old", "new", "torn", or "lost" what was acknowledged."""
     disk = QuickDisk(root)
     store = Store.open(root, disk=disk)
@@ -93,10 +100,10 @@ def verdict(root: Path, new: Standing, done: bool) -> str:
         found = {name: (head.version, head.pinned, kept(store, name)[head.version]) for name, head in heads.items()}
     except StoreError:
         return "torn"
-    logged = all(Audit(disk).last_head(name) == store.head(name) for name in {*OLD, *new})
+    logged = all(Audit(disk).last_head(name) == store.head(name) for name in {*old, *new})
     if found == new and (logged or not done):
         return "new"
-    if found in (OLD, new):
+    if found in (old, new):
         return "lost" if done else "old"
     return "torn"
 
@@ -110,6 +117,16 @@ def test_no_power_cut_tears_or_loses_anything(tmp_path: Path, operation: str) ->
     assert verdicts["torn"] == verdicts["lost"] == 0
     assert verdicts["new"] > 0
     assert (verdicts["old"] > 0) == (new != OLD)
+
+
+def test_the_first_publication_of_all_is_as_safe(tmp_path: Path) -> None:
+    Store.open(tmp_path / "before")
+    empty = tree_of(tmp_path / "before")
+    new = {"vqa": (1, False, file_of(1))}
+    changes, acknowledged = recorded(empty, tmp_path / "run", lambda store: publish(store, "vqa", 1))
+    verdicts = judged(empty, changes, acknowledged, new, tmp_path / "after", old={})
+    assert verdicts["torn"] == verdicts["lost"] == 0
+    assert verdicts["new"] > 0
 
 
 @pytest.mark.parametrize("operation", ["publish a version", "publish a name", "delete"])
@@ -144,11 +161,17 @@ def test_a_change_that_failed_tears_nothing_either(tmp_path: Path, operation: st
         disk = WatchedDisk(plant(tree, tmp_path / str(nth)), after=changes.append)
         store = Store.open(disk.root, disk=disk)
         disk.before = failing = Failing(nth, errno.EIO)
-        with suppress(StorageFailed):
+        refused = False
+        try:
             act(store)
+        except StorageFailed:
+            refused = True
         if failing.kind is None:
             break
         assert judged(tree, changes, len(changes) + 1, new, tmp_path / "after")["torn"] == 0
+        if refused:  # the caller was told that the old version stands
+            stands = judged(tree, changes, len(changes) + 1, new, tmp_path / "after", since=len(changes))
+            assert stands.keys() == {"old"}
 
 
 @dataclass
