@@ -47,14 +47,31 @@ class Disk:
     def create(self, folder: str) -> tuple[int, str]:
         """A new empty file of a name that nobody has: descriptor and place.
 
-        It stays locked until the descriptor is closed, by which `abandoned` tells it from what a dead process left.
+        It stays locked until the descriptor is closed, by which `clear` tells it from what a dead process left.
         """
-        name = secrets.token_hex(12)
-        with self._folder(folder) as parent:
-            file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_LINK, FILE_MODE, dir_fd=parent)
-        fcntl.flock(file, fcntl.LOCK_EX)
-        os.fchmod(file, FILE_MODE)
-        return file, f"{folder}/{name}"
+        while True:
+            name = secrets.token_hex(12)
+            with self._folder(folder) as parent:
+                file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_LINK, FILE_MODE, dir_fd=parent)
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if os.fstat(file).st_nlink:  # else it was cleared away before it was locked
+                os.fchmod(file, FILE_MODE)
+                return file, f"{folder}/{name}"
+            os.close(file)
+
+    def clear(self, place: str) -> bool:
+        """Remove a file that `create` made, unless somebody alive holds it; whether it was removed."""
+        parent, name = os.path.split(place)
+        with self._folder(parent) as folder:
+            file = os.open(name, os.O_RDWR | os.O_NONBLOCK | _NO_LINK, dir_fd=folder)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.unlink(place)
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(file)
+        return True
 
     def open_log(self, place: str) -> int:
         """Open a file for appending; it is made if it is not there."""
@@ -135,19 +152,6 @@ class Disk:
                 return os.listdir(folder)
             with os.scandir(folder) as entries:
                 return [entry.name for entry in entries if not entry.is_file(follow_symlinks=False)]
-
-    def abandoned(self, place: str) -> bool:
-        """Whether nobody who is alive holds a file that `create` made."""
-        parent, name = os.path.split(place)
-        with self._folder(parent) as folder:
-            file = os.open(name, os.O_RDWR | os.O_NONBLOCK | _NO_LINK, dir_fd=folder)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        finally:
-            os.close(file)
-        return True
 
     @contextmanager
     def lock(self, place: str, *, shared: bool = False) -> Iterator[None]:

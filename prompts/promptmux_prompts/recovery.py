@@ -145,7 +145,6 @@ def clear_unfinished(disk: Disk, *, before: float) -> int:
     for name in disk.names(TMP):
         place = f"{TMP}/{name}"
         with suppress(OSError):  # gone meanwhile, or nothing that we made
-            if disk.status(place).st_mtime <= before and disk.abandoned(place):
-                disk.unlink(place)
-                cleared += 1
+            if disk.status(place).st_mtime <= before:
+                cleared += disk.clear(place)
     return cleared

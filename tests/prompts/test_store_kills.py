@@ -175,7 +175,7 @@ def test_random_kills_under_publishers_and_a_reader_lose_and_tear_nothing(tmp_pa
         acknowledged = forked.said()
     assert reader.wrong == []
     assert reader.reads > kills
-    assert len(acknowledged) > kills / 2
+    assert len(acknowledged) > kills / 10
     assert unfinished(root) != []  # else the kills came at idle moments
     store = Store.open(root, keep_versions=10**6)
     assert store.recover().damaged == ()

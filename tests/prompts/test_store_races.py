@@ -6,6 +6,7 @@ had made all changes one after the other.
 
 from __future__ import annotations
 
+import fcntl
 import threading
 import time
 from collections import Counter
@@ -74,6 +75,28 @@ def test_racing_publishers_agree_while_files_are_collected(tmp_path: Path, round
         assert set(found) >= {*alive[-5:], head.version}
     store.collect(older_than_s=0)
     assert blobs(root) == {record.file_sha256 for name in standing for record in store.versions(name)}
+
+
+def test_a_file_that_is_cleared_away_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, collector = opened_quickly(tmp_path), opened_quickly(tmp_path)
+    flock, early = fcntl.flock, [True]
+
+    def clear_first(file: int, how: int) -> None:
+        if early and how == fcntl.LOCK_EX and unfinished(tmp_path):
+            early.clear()
+            assert collector.collect(older_than_s=-60).cleared == 1
+        flock(file, how)
+
+    monkeypatch.setattr("promptmux_prompts.disk.fcntl.flock", clear_first)
+    publish(store, "vqa", 1)
+    assert early == []
+    assert contents(store) == {"vqa": (1, file_of(1))}
+
+
+def opened_quickly(root: Path) -> Store:
+    return Store.open(root, disk=QuickDisk(root))
 
 
 class SlowDisk(QuickDisk):
@@ -171,7 +194,7 @@ def interleaved(root: Path, first: Callable[[Store], object], second: Callable[[
     def at_step(number: int) -> None:
         if number == step:
             other.start()
-            other.join(0.02)  # it may have to wait for the first one's locks
+            other.join(0.1)  # it may have to wait for the first one's locks
 
     disk.at_step = at_step
     first(store)

@@ -178,6 +178,17 @@ def test_a_garbled_record_falls_back(root: Path, garbage: bytes) -> None:
     assert publish(store, "vqa", 3).version == 3
 
 
+def test_a_record_of_another_version_is_no_record(root: Path) -> None:
+    store = opened(root)
+    for number in (1, 2, 3):
+        publish(store, "vqa", number)
+    shutil.copy(root / "refs" / "vqa" / "1.json", root / "refs" / "vqa" / "3.json")
+    with pytest.raises(BlobCorrupt):
+        store.record("vqa", 3)
+    (found,) = opened(root).recover().damaged
+    assert (found.version, found.fallback) == (3, 2)
+
+
 def test_a_missing_record_falls_back(root: Path) -> None:
     store = opened(root)
     for number in (1, 2):
