@@ -112,7 +112,7 @@ def wasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> float:
     """Of the answers begun by an overloaded engine, the part that was late: each takes eight steps of 20 ms."""
     long = GREEDY | {"min_length": 8, "max_length": 8}
     tiny.write(tmp_path, tiny.prompt("a", image_size=None, decoding=long))
-    engine = Engine(tiny.model(), tiny.tokenizer(), tiny.backbone().fingerprint, tmp_path, OPTIONS)
+    engine = tiny.engine(tmp_path, OPTIONS)
     engine.start()
     device = SlowDevice(monkeypatch, encode_s=0.005, step_s=0.02)
     begun = []
