@@ -260,12 +260,12 @@ class Engine:
             self._fail_all(BackendUnhealthy, "The device failed; the server restarts.", retry_after_s=10)
 
     def _turn(self) -> None:
-        """Nobody waits in vain; who fits joins; everyone in the batch takes one step, and so does a rehearsal."""
+        """A rehearsal takes a step; nobody waits in vain; who fits joins; everyone in the batch takes one step."""
+        self._rehearsals.step()
         self._let_go()
         began = time.perf_counter()
         room = self._options.max_batch - len(self._running)
         self._join(self._queue.take(room, self._options.joining_ms, self._may_join))
-        self._rehearsals.step()
         if not self._running:
             if not len(self._rehearsals):
                 self._queue.wait(min(IDLE_S, self._queue.until_next_deadline(time.monotonic())))
