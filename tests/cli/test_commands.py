@@ -58,6 +58,8 @@ def test_help_needs_no_torch() -> None:
         (("serve", "--prompts", "/nowhere"), {}, "no prompt directory"),
         (("serve",), {"PROMPTMUX_TYPO": "1"}, "PROMPTMUX_TYPO"),
         (("serve",), {"PROMPTMUX_API_KEYS": "/nowhere"}, "key file cannot be read"),
+        (("serve",), {"PROMPTMUX_FAULT": "publish.checked:kill"}, "for tests of this server"),
+        (("serve", "--allow-faults"), {"PROMPTMUX_FAULT": "nonsense"}, "a fault is written"),
         (("tasks", "--url", "http://127.0.0.1:9"), {}, "Cannot reach"),
         (("convert", "/nowhere", "/tmp/x"), {}, "no backbone"),
     ],

@@ -43,6 +43,7 @@ def run_server(settings: Settings) -> None:
 
 def build_engine(settings: Settings, key_weights: Mapping[str, float]) -> tuple[Engine, str]:
     """The engine of these settings, not started, and its backbone's name."""
+    seeds = prompt_directory(settings)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
     dtype = serving_dtype(device) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     backbone = load_backbone(WEIGHTS if settings.backbone == "pocket" else Path(settings.backbone))
@@ -77,7 +78,7 @@ def build_engine(settings: Settings, key_weights: Mapping[str, float]) -> tuple[
             deterministic=settings.deterministic,
             warm_up=True,
         ),
-        seeds=prompt_directory(settings),
+        seeds=seeds,
     )
     return engine, config.name
 
