@@ -119,9 +119,9 @@ class Engine:
 
     def start(self) -> ReloadReport:
         """Recover what is stored, take up what is new in the prompt directory, and begin to serve."""
-        self._publisher.follower.recover(fall_back=self._options.fall_back)
         for part in (self._loader, self._thread, self._keeper):
-            part.start()
+            part.start()  # first: the warm-up takes seconds, as does reading thousands of files
+        self._publisher.follower.recover(fall_back=self._options.fall_back)
         return self.reload()
 
     def submit(self, request: Request) -> Future[Answer]:
