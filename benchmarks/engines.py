@@ -134,8 +134,8 @@ def side_by_side(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def report(claim: str, backbone: str, **numbers: object) -> None:
-    """One line of JSON, with where it was measured."""
+def report(claim: str, backbone: str, *, dtype: torch.dtype | None = None, **numbers: object) -> None:
+    """One line of JSON, with where it was measured; `dtype` if it was another than serving's."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
     ).stdout.strip()
@@ -143,7 +143,7 @@ def report(claim: str, backbone: str, **numbers: object) -> None:
         "cpu": platform.processor() or platform.machine(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "dtype": str(serving_dtype("cpu")).removeprefix("torch."),
+        "dtype": str(dtype or serving_dtype("cpu")).removeprefix("torch."),
         "load_1min": round(os.getloadavg()[0], 1),
         "commit": commit,
     }

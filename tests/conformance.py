@@ -35,8 +35,13 @@ from promptmux_server.engine.decoding import make_search
 from promptmux_server.engine.prompt_table import PromptPools
 from promptmux_server.engine.runner import Work, closed_batch
 from promptmux_server.tasks.decoding import DecodingParams, Outcome
+from promptmux_server.training.batch import Cursor, TrainingBatch
 from promptmux_server.training.forward import Example, supervised_logits
 from promptmux_server.training.loss import label_smoothed_loss
+from promptmux_server.training.methods import DeepPrompts
+from promptmux_server.training.passes import backward
+from promptmux_server.training.recipe import ComputeRecipe, PromptRecipe, StepRecipe
+from promptmux_server.training.run import Run
 
 SEARCHES = ("greedy", "beam5", "beam4_lp0.6_norep2", "beam5_unnorm_temp0.7", "trie_beam3")
 SMOOTHING = 0.1
@@ -226,6 +231,62 @@ def check_training(golden: Golden, case: str) -> Iterator[tuple[str, float, floa
         yield f"grad {name}", relative(value.grad, golden.tensors[f"{case}/grad/{name}"]), 1e-3
 
 
+def check_training_together(golden: Golden, form: str) -> Iterator[Check]:
+    """The prompts of all cases as runs of one batch: each gradient is that of the case alone."""
+    runs = []
+    for case in golden.cases:
+        generator = golden.generator(case)
+        if generator:
+            method = DeepPrompts(golden.model, prompt_recipe(golden, case), seed=0)
+            for name, parameter in method.parameters.items():
+                parameter.data.copy_(generator[released_name(name)])
+            runs.append(Run(case, method, StepRecipe(steps=1, smoothing=SMOOTHING), GoldenBatch(golden, case)))
+    for run, loss in zip(runs, backward([(run, run.take()) for run in runs], ComputeRecipe()), strict=True):
+        expected = golden.cases[run.name][f"loss_sum_eps{SMOOTHING}"]
+        yield Check(golden.name, run.name, form, "loss in one batch", abs(loss.total / expected - 1), 1e-4)
+        for name, parameter in run.method.parameters.items():
+            assert parameter.grad is not None
+            error = relative(parameter.grad / loss.tokens, golden.tensors[f"{run.name}/grad/{released_name(name)}"])
+            yield Check(golden.name, run.name, form, f"grad in one batch {name}", error, 1e-3)
+
+
+def prompt_recipe(golden: Golden, case: str) -> PromptRecipe:
+    """What a case's generator is; without dropout, as the gradients were computed."""
+    generator, lengths = golden.generator(case), {}
+    for side in ("encoder", "decoder"):
+        table = generator.get(released_name(f"{side}.embedding.weight"))
+        lengths[f"{side}_length"] = 0 if table is None else len(table)
+    hidden = [tensor for name, tensor in generator.items() if name.endswith("trans.0.bias")]
+    return PromptRecipe(
+        **lengths,
+        generator="mlp" if hidden else "table",
+        generator_width=len(hidden[0]) if hidden else None,
+        dropout=0.0,
+    )
+
+
+def released_name(name: str) -> str:
+    """A prompt parameter's name in the released trainer's checkpoints."""
+    side, _, rest = name.partition(".")
+    return f"{side}.{side}_prompt_encoder.{rest}"
+
+
+class GoldenBatch:
+    """A case's rows as training data."""
+
+    def __init__(self, golden: Golden, case: str) -> None:
+        rows, inputs = golden.encoder_rows(case), golden.texts("prev_output_tokens")
+        shown = {index: row.image for index, row in enumerate(rows) if row.image}
+        examples = [
+            Example(row.source, (BOS,), text[1:], list(shown).index(index) if index in shown else None)
+            for index, (row, text) in enumerate(zip(rows, inputs, strict=True))
+        ]
+        self._batch = TrainingBatch(examples, list(shown.values()))
+
+    def take(self, cursor: Cursor) -> tuple[TrainingBatch, Cursor]:
+        return self._batch, cursor
+
+
 def check_transformers_directory(folder: Path, form: Form) -> Iterator[Check]:
     """A directory as published for transformers: encoder output and logits, no prompts."""
     model: OFA = assemble(load_backbone(folder), dtype=torch.float32)
@@ -255,6 +316,7 @@ def run(folder: Path) -> Iterator[Check]:
             with use_form(form):
                 for case in golden.cases:
                     yield from check_case(golden, case, form)
+                yield from check_training_together(golden, form)
         for dtype in (torch.float32, torch.bfloat16):
             served = Golden(folder, name, dtype, packed=True)
             with use_form("cpu"):

@@ -1,7 +1,8 @@
 """The one door to the ops: their contract, and which form answers a call.
 
 The form follows the tensors' device at each call (never at import) and can be overridden for tests by `use_form`: on a
-GPU the Triton form, where triton is installed; on a CPU the compiled form, which hands on what it cannot do.
+GPU the Triton form, where triton is installed; on a CPU the compiled form, which hands on what it cannot do; where a
+gradient is asked for, a form that has one.
 Each docstring below is the op's formula; `reference` is that formula in code.
 """
 
@@ -21,17 +22,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from promptmux_kernels import batched, cpu, reference
+from promptmux_kernels import batched, cpu, flash, reference
 from promptmux_kernels.rows import Affine, BiasFactors, CrossMemory, PagedPrompts, Rows, SharedBias
 
 log = logging.getLogger(__name__)
 
-Form = Literal["reference", "batched", "cpu", "triton"]
+Form = Literal["reference", "batched", "flash", "cpu", "triton"]
 
-_FORMS: dict[Form, ModuleType] = {"reference": reference, "batched": batched, "cpu": cpu}
+_FORMS: dict[Form, ModuleType] = {"reference": reference, "batched": batched, "flash": flash, "cpu": cpu}
 _LAZY_FORMS: dict[Form, str] = {"triton": "promptmux_kernels.triton_ops"}
 COMPILED: tuple[Form, ...] = ("cpu", "triton")
-"""Forms without a backward: where a gradient is asked for, `batched` answers in their place."""
+"""Forms without a backward: where a gradient is asked for, `flash` (on a CPU) or `batched` answers in their place."""
 _refused: set[Form] = set()
 """Forms that `prepare` found not to work on this machine."""
 _override: ContextVar[Form | None] = ContextVar("promptmux_kernels_form", default=None)
@@ -50,7 +51,7 @@ def use_form(form: Form) -> Iterator[None]:
 def _form(*inputs: Tensor) -> ModuleType:
     form = _override.get() or _fastest(inputs[0].device)
     if form in COMPILED and torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        form = "batched"
+        form = "flash" if inputs[0].device.type == "cpu" else "batched"
     if form in _LAZY_FORMS and form not in _FORMS:
         _FORMS[form] = import_module(_LAZY_FORMS[form])
     return _FORMS[form]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -180,7 +181,16 @@ class PromptBatch:
     lengths: tuple[int, ...]
 
     def layer(self, index: int) -> PagedPrompts:
-        return PagedPrompts(self.key[index], self.value[index], self.table, self.lengths)
+        return PagedPrompts(self._keys[index], self._values[index], self.table, self.lengths)
+
+    # Unbound once: the gradient of a layer that is taken by its index is as large as all layers.
+    @cached_property
+    def _keys(self) -> tuple[Tensor, ...]:
+        return self.key.unbind(0)
+
+    @cached_property
+    def _values(self) -> tuple[Tensor, ...]:
+        return self.value.unbind(0)
 
     def select(self, rows: Sequence[int]) -> PromptBatch:
         return PromptBatch(self.key, self.value, self.table[list(rows)], tuple(self.lengths[r] for r in rows))

@@ -42,11 +42,14 @@ the one place that turns an exception into an answer.
     ├── StorageFull                    507  storage_full           no room on the disk; nothing has changed
     ├── DeadlineExceeded               504  deadline_exceeded
     ├── Internal                       500  internal               a bug
-    └── BackboneError                  500  backbone_error         raised while a backbone is read
-        ├── BackboneNotFound           500  backbone_not_found
-        ├── BackboneFileError          500  backbone_invalid
-        ├── BackboneKeysError          500  backbone_keys_mismatch
-        └── UnsafePickle               500  backbone_unsafe_pickle
+    ├── BackboneError                  500  backbone_error         raised while a backbone is read
+    │   ├── BackboneNotFound           500  backbone_not_found
+    │   ├── BackboneFileError          500  backbone_invalid
+    │   ├── BackboneKeysError          500  backbone_keys_mismatch
+    │   └── UnsafePickle               500  backbone_unsafe_pickle
+    ├── TrainingError                  500  training_failed        a run cannot go on; what it saved stands
+    │   └── TrainingDiverged           500  training_diverged      its loss or gradient is no number any more
+    └── DataError                      422  invalid_training_data  raised while training data are read
 """
 
 from __future__ import annotations
@@ -372,3 +375,33 @@ class UnsafePickle(BackboneError):
     """The pickle asks for a class or function that is not on the allow-list; nothing of it was run."""
 
     code = "backbone_unsafe_pickle"
+
+
+class TrainingError(PromptmuxError):
+    """One training run cannot go on. Its neighbours can, and what it saved before stands."""
+
+    code = "training_failed"
+
+
+class TrainingDiverged(TrainingError):
+    """A run's loss or gradient is not finite. Its parameters are those of the step before."""
+
+    code = "training_diverged"
+
+    def __init__(self, run: str, step: int, what: str) -> None:
+        """`step` counts from 1; `what` is "loss" or "gradient"."""
+        super().__init__(
+            f"Run {run}: the {what} is not finite at step {step}. "
+            "Go on from an earlier checkpoint with a lower learning rate, or check the data."
+        )
+        self.run, self.step = run, step
+
+
+class DataError(PromptmuxError):
+    """Training data that cannot be learned from. Raised when they are opened, checked and read, never for a request.
+
+    The message names a file, never its folder, and where in it the fault lies.
+    """
+
+    code = "invalid_training_data"
+    status = 422

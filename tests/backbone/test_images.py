@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from promptmux_server.backbone.images import ImageLimits, decode_base64_image, decode_image, preprocess
+from promptmux_server.backbone.images import ImageLimits, decode_base64_image, decode_image, image_size, preprocess
 from promptmux_server.errors import ImageTooLarge, MalformedImage, PromptmuxError
 
 LIMITS = ImageLimits()
@@ -64,6 +64,18 @@ def test_fifty_truncations_of_a_lossy_picture_are_refused(form: str) -> None:
 def test_other_formats_decode(form: str, mode: str) -> None:
     data = encoded(noise().convert(mode), form)
     assert np.array_equal(decode_image(data, LIMITS).rgb, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+@pytest.mark.parametrize(("form", "enough"), [("JPEG", 0.5), ("PNG", 0.5), ("WEBP", 1.0)])
+def test_a_size_is_read_without_the_pixels(form: str, enough: float) -> None:
+    data = encoded(noise(64, 48), form)
+    assert image_size(io.BytesIO(data[: int(len(data) * enough)]), LIMITS) == (64, 48)
+    with pytest.raises(ImageTooLarge):
+        image_size(io.BytesIO(data), ImageLimits(max_side=63))
+    with pytest.raises(ImageTooLarge):
+        image_size(io.BytesIO(data), ImageLimits(max_bytes=len(data) - 1))
+    with pytest.raises(MalformedImage):
+        image_size(io.BytesIO(data[:8]), LIMITS)
 
 
 def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 import tiny
 from promptmux_server.backbone.encoder import ImageTokens
+from promptmux_server.backbone.image_key import ImageKey
 from promptmux_server.backbone.images import from_array
-from promptmux_server.engine.image_cache import ImageCache, ImageKey
+from promptmux_server.engine.image_cache import ImageCache
 from promptmux_server.engine.options import EngineOptions
 from promptmux_server.engine.request import Answer, Request
 

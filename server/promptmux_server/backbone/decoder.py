@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from promptmux_kernels import (
@@ -29,7 +28,8 @@ from promptmux_kernels import (
 from promptmux_server.backbone.cache import DecodeCache
 from promptmux_server.backbone.config import BackboneConfig
 from promptmux_server.backbone.encoder import GRIDS_CACHED, Encoder, EncoderOutput, position_scores
-from promptmux_server.backbone.layers import DecoderLayer, drop_path_rates
+from promptmux_server.backbone.layers import CrossAttend, DecoderLayer, SelfAttend
+from promptmux_server.backbone.passes import PLAIN_PASS, PassOptions, depth
 from promptmux_server.backbone.positions import BiasCache, Grid, text_capacity, token_buckets
 
 
@@ -80,11 +80,11 @@ class Decoder(nn.Module):
         self.self_pos_k_linear = nn.Linear(d, d)
         self.cross_pos_q_linear = nn.Linear(d, d)
         self.cross_pos_k_linear = nn.Linear(d, d)
-        rates = drop_path_rates(config.decoder_drop_path, config.decoder_layers)
-        self.layers = nn.ModuleList(DecoderLayer(config, rate) for rate in rates)
+        layers = range(config.decoder_layers)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in layers)
         self.layer_norm = nn.LayerNorm(d)
         table = 2 * config.token_bucket_size - 1
-        self.token_rel_pos_table_list = nn.ModuleList(nn.Embedding(table, config.heads) for _ in rates)
+        self.token_rel_pos_table_list = nn.ModuleList(nn.Embedding(table, config.heads) for _ in layers)
         self._self_biases: BiasCache[int, tuple[Tensor, ...]] = BiasCache(GRIDS_CACHED)
         self._cross_biases: BiasCache[tuple[Grid, int, int], Tensor] = BiasCache(GRIDS_CACHED * 4)
 
@@ -107,6 +107,7 @@ class Decoder(nn.Module):
         encoder: Encoder,
         prompts: PromptBatch | None = None,
         cache: tuple[DecodeCache, Tensor] | None = None,
+        options: PassOptions = PLAIN_PASS,
     ) -> Tensor:
         """Teacher-forced pass over ragged rows of token embeddings (T, d_model) -> final states (T, d_model).
 
@@ -116,7 +117,9 @@ class Decoder(nn.Module):
         own_biases = self._own_biases(capacity)
         cross_bias = self._cross_bias(memory, capacity, encoder)
         start = (0,) * len(rows)
-        x = F.dropout(self.layernorm_embedding(embedded), self.config.dropout, self.training)
+        x = self.layernorm_embedding(embedded)
+        if (drops := options.drops("decoder", 0.0, rows)) is not None:
+            x = drops.elements(x)
         for index, layer in enumerate(self.layers):
             own = SharedBias((own_biases[index],), start)
             paged = prompts.layer(index) if prompts else None
@@ -149,7 +152,18 @@ class Decoder(nn.Module):
                     head_scale=head_scale,
                 )
 
-            x = layer(x, attend, cross, rows)
+            def run(
+                x: Tensor,
+                layer: nn.Module = layer,
+                attend: SelfAttend = attend,
+                cross: CrossAttend = cross,
+                index: int = index,
+            ) -> Tensor:
+                drops = options.drops(f"decoder.{index}", depth(index, len(self.layers)), rows)
+                out: Tensor = layer(x, attend, cross, drops)
+                return out
+
+            x = options.through(run, x)
         out: Tensor = self.layer_norm(x)
         return out
 
@@ -202,13 +216,13 @@ class Decoder(nn.Module):
                     head_scale=head_scale,
                 )
 
-            x = layer(x, attend, cross, beams.groups)
+            x = layer(x, attend, cross, None)
         out: Tensor = self.layer_norm(x)
         return out
 
     def _own_biases(self, length: int) -> tuple[Tensor, ...]:
         """Per layer, the self-attention bias (H, length, length)."""
-        if self.self_pos_q_linear.weight.requires_grad:
+        if any(p.requires_grad for p in self.self_pos_q_linear.parameters()):
             return self._build_own_biases(length)
         return self._self_biases.get(length, lambda: self._build_own_biases(length))
 
@@ -231,7 +245,7 @@ class Decoder(nn.Module):
         return SharedBias(tuple(tables), tuple(kinds.index(grid) for grid in memory.grids))
 
     def _cross_table(self, grid: Grid, length: int, text_length: int, encoder: Encoder) -> Tensor:
-        if self.cross_pos_q_linear.weight.requires_grad:
+        if any(p.requires_grad for p in self.cross_pos_q_linear.parameters()):
             return self._build_cross_table(grid, length, text_length, encoder)
         key = (grid, length, text_length)
         dtype = self.cross_pos_q_linear.weight.dtype

@@ -24,7 +24,8 @@ from promptmux_kernels import (
     prefix_attention,
 )
 from promptmux_server.backbone.config import BackboneConfig
-from promptmux_server.backbone.layers import EncoderLayer, drop_path_rates
+from promptmux_server.backbone.layers import EncoderLayer, SelfAttend
+from promptmux_server.backbone.passes import PLAIN_PASS, PassOptions, depth
 from promptmux_server.backbone.positions import (
     NO_IMAGE,
     BiasCache,
@@ -95,12 +96,12 @@ class Encoder(nn.Module):
         self.image_pos_ln = nn.LayerNorm(d)
         self.pos_q_linear = nn.Linear(d, d)
         self.pos_k_linear = nn.Linear(d, d)
-        rates = drop_path_rates(config.encoder_drop_path, config.encoder_layers)
-        self.layers = nn.ModuleList(EncoderLayer(config, rate) for rate in rates)
+        layers = range(config.encoder_layers)
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in layers)
         self.layer_norm = nn.LayerNorm(d)
         token_table, image_table = 2 * config.token_bucket_size - 1, (2 * config.image_bucket_size - 1) ** 2 + 3
-        self.token_rel_pos_table_list = nn.ModuleList(nn.Embedding(token_table, config.heads) for _ in rates)
-        self.image_rel_pos_table_list = nn.ModuleList(nn.Embedding(image_table, config.heads) for _ in rates)
+        self.token_rel_pos_table_list = nn.ModuleList(nn.Embedding(token_table, config.heads) for _ in layers)
+        self.image_rel_pos_table_list = nn.ModuleList(nn.Embedding(image_table, config.heads) for _ in layers)
         self.factored_above: int | None = None
         """Bytes of a grid's dense bias tables beyond which they stay in factors; None where no kernel reads factors."""
         self._biases: BiasCache[tuple[Grid, int], tuple[Bias, ...]] = BiasCache(GRIDS_CACHED)
@@ -122,9 +123,13 @@ class Encoder(nn.Module):
         x = self.image_proj(features) + self.type_embedding.weight[1]
         return [ImageTokens(tokens, grid) for tokens in self.patch_layernorm_embedding(x)]
 
-    def forward(self, rows: Sequence[EncoderRow], prompts: PromptBatch | None = None) -> EncoderOutput:
+    def forward(
+        self, rows: Sequence[EncoderRow], prompts: PromptBatch | None = None, options: PassOptions = PLAIN_PASS
+    ) -> EncoderOutput:
         """Encode a mixed batch; row b reads its own prompt of `prompts`."""
         x, layout = self._embed(rows)
+        if (drops := options.drops("encoder", 0.0, layout)) is not None:
+            x = drops.elements(x)
         grids = tuple(row.grid for row in rows)
         capacity = text_capacity(max(len(row.source) for row in rows), self.config.max_positions)
         kinds = sorted(set(grids))
@@ -155,7 +160,12 @@ class Encoder(nn.Module):
                 )
                 return out
 
-            x = layer(x, attend, layout)
+            def run(x: Tensor, layer: nn.Module = layer, attend: SelfAttend = attend, index: int = index) -> Tensor:
+                drops = options.drops(f"encoder.{index}", depth(index, len(self.layers)), layout)
+                out: Tensor = layer(x, attend, drops)
+                return out
+
+            x = options.through(run, x)
         return EncoderOutput(self.layer_norm(x), layout, grids)
 
     def _embed(self, rows: Sequence[EncoderRow]) -> tuple[Tensor, Rows]:
@@ -164,8 +174,7 @@ class Encoder(nn.Module):
         text = self.layernorm_embedding(self.embed_tokens(ids) + self.type_embedding.weight[0])
         texts = text.split([len(row.source) for row in rows])
         parts = [part for row, own in zip(rows, texts, strict=True) for part in _image_then_text(row, own)]
-        x = F.dropout(torch.cat(parts), self.config.dropout, self.training)
-        return x, Rows.packed([len(row.source) + row.grid[0] * row.grid[1] for row in rows])
+        return torch.cat(parts), Rows.packed([len(row.source) + row.grid[0] * row.grid[1] for row in rows])
 
     def positions(self, grid: Grid, text_length: int) -> Tensor:
         """Normalised position vectors of image then text tokens, (N + text_length, d_model)."""

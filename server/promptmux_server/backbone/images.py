@@ -8,7 +8,10 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -49,36 +52,55 @@ class DecodedImage:
 
 def decode_base64_image(text: str, limits: ImageLimits) -> DecodedImage:
     """Decode base64 in the standard or URL-safe alphabet, padded and without blanks; raises as `decode_image`."""
+    return decode_image(base64_bytes(text, limits), limits)
+
+
+def base64_bytes(text: str, limits: ImageLimits) -> bytes:
+    """The picture file that a base64 text stands for, not decoded; raises MalformedImage, ImageTooLarge."""
     if len(text) > (limits.max_bytes + 2) // 3 * 4:
         raise ImageTooLarge(f"The picture has more than {limits.max_bytes} bytes.", param="image")
     try:
-        data = pybase64.b64decode(text.replace("-", "+").replace("_", "/"), validate=True)
+        return pybase64.b64decode(text.replace("-", "+").replace("_", "/"), validate=True)
     except ValueError as error:  # binascii.Error, or text beyond ASCII
         raise MalformedImage(
             "`image` is not base64. Send the bytes of a file, base64-encoded.", param="image"
         ) from error
-    return decode_image(data, limits)
 
 
 def decode_image(data: bytes, limits: ImageLimits) -> DecodedImage:
     """Decode a JPEG, PNG or WebP file (first frame) to RGB; raises MalformedImage, ImageTooLarge."""
-    if len(data) > limits.max_bytes:
+    with _opened(io.BytesIO(data), len(data), limits) as picture:
+        picture.load()
+        picture.info.pop("transparency", None)  # OFA drops it too; Pillow would warn about each such palette
+        rgb = np.asarray(_eight_bits(picture).convert("RGB"))
+    return from_array(rgb)
+
+
+def image_size(file: BinaryIO, limits: ImageLimits) -> tuple[int, int]:
+    """(width, height) by a file's header, its pixels unread; raises as `decode_image`."""
+    length = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    with _opened(file, length, limits) as picture:
+        return picture.size
+
+
+@contextmanager
+def _opened(file: BinaryIO, length: int, limits: ImageLimits) -> Iterator[Image.Image]:
+    """The file's first frame, its size checked; whatever goes wrong within becomes one of our errors."""
+    if length > limits.max_bytes:
         raise ImageTooLarge(f"The picture has more than {limits.max_bytes} bytes.", param="image")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            with Image.open(file, formats=FORMATS) as picture:
                 _check_size(picture.width, picture.height, limits)
-                picture.load()
-                picture.info.pop("transparency", None)  # OFA drops it too; Pillow would warn about each such palette
-                rgb = np.asarray(_eight_bits(picture).convert("RGB"))
+                yield picture
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ImageTooLarge("The picture has too many pixels.", param="image") from error
     except ImageTooLarge:
         raise
     except Exception as error:  # Pillow's plugins raise OSError, ValueError, SyntaxError, struct.error, ...
         raise MalformedImage("The picture cannot be decoded. Send a JPEG, PNG or WebP file.", param="image") from error
-    return from_array(rgb)
 
 
 def from_array(rgb: npt.NDArray[np.uint8]) -> DecodedImage:

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promptmux_kernels import Rows, gelu_norm, norm_add_norm
+from promptmux_kernels import gelu_norm, norm_add_norm
 from promptmux_kernels.linear import PackedLinear
 from promptmux_server.backbone.config import BackboneConfig
+from promptmux_server.backbone.passes import Drops
 
 SelfAttend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(q, k, v, head_scale) -> attended values; q, k, v and the result are (T, H, D), head_scale is (H,)."""
@@ -65,64 +66,57 @@ class Adapter(nn.Module):
 
 
 class Layer(nn.Module):
-    """What encoder and decoder layers share: the feed-forward half, dropout and drop-path."""
+    """What encoder and decoder layers share: the feed-forward half, and how a branch is added."""
 
-    def __init__(self, config: BackboneConfig, drop_path: float) -> None:
+    def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
-        self.dropout, self.drop_path = config.dropout, drop_path
         self.fc1: nn.Module = nn.Linear(config.d_model, config.ffn_dim)
         self.fc2: nn.Module = nn.Linear(config.ffn_dim, config.d_model)
         self.ffn_layernorm = nn.LayerNorm(config.ffn_dim)
         self.final_layer_norm = nn.LayerNorm(config.d_model)
         self.adapter: nn.Module = Adapter(config, config.adapter_dim) if config.adapter_dim else nn.Identity()
 
-    def join(self, x: Tensor, y: Tensor, inner: nn.LayerNorm, outer: nn.LayerNorm, rows: Rows) -> tuple[Tensor, Tensor]:
+    def join(
+        self, x: Tensor, y: Tensor, inner: nn.LayerNorm, outer: nn.LayerNorm, drops: Drops | None
+    ) -> tuple[Tensor, Tensor]:
         """Add a branch's output y, normalised, to x; return the sum and the sum normalised for the next branch."""
-        if self.training and (self.dropout or self.drop_path):
-            x = x + self.drop_rows(self.drop(inner(y)), rows)
+        if drops is not None:
+            x = x + drops.branches(drops.elements(inner(y)))
             return x, outer(x)
         return norm_add_norm(x, y, (inner.weight, inner.bias), (outer.weight, outer.bias), inner.eps)
 
-    def feed_forward(self, x: Tensor, normed: Tensor, rows: Rows) -> Tensor:
+    def feed_forward(self, x: Tensor, normed: Tensor, drops: Drops | None) -> Tensor:
         """x plus the feed-forward branch of the normalised x."""
         norm = self.ffn_layernorm
         y = gelu_norm(self.fc1(normed), (norm.weight, norm.bias), norm.eps)
         if isinstance(self.fc2, PackedLinear) and isinstance(self.adapter, nn.Identity):
             return self.fc2.add_to(x, y)
-        return x + self.drop_rows(self.adapter(self.drop(self.fc2(y))), rows)
-
-    def drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
-
-    def drop_rows(self, x: Tensor, rows: Rows) -> Tensor:
-        """Stochastic depth: leave the whole branch out for some rows, while training."""
-        if not self.training or self.drop_path == 0.0:
-            return x
-        kept = torch.rand(len(rows), device=x.device) >= self.drop_path
-        lengths = torch.tensor(rows.lengths, device=x.device)
-        return x * (kept / (1.0 - self.drop_path)).to(x.dtype).repeat_interleave(lengths)[:, None]
+        if drops is not None:
+            return x + drops.branches(self.adapter(drops.elements(self.fc2(y))))
+        out: Tensor = x + self.adapter(self.fc2(y))
+        return out
 
 
 class EncoderLayer(Layer):
     """Self-attention (behind a prompt, where there is one) and feed-forward."""
 
-    def __init__(self, config: BackboneConfig, drop_path: float) -> None:
-        super().__init__(config, drop_path)
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__(config)
         self.self_attn = Attention(config)
         self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
         self.attn_ln = nn.LayerNorm(config.d_model)
 
-    def forward(self, x: Tensor, attend: SelfAttend, rows: Rows) -> Tensor:
+    def forward(self, x: Tensor, attend: SelfAttend, drops: Drops | None) -> Tensor:
         y = self.self_attn.self_attend(self.self_attn_layer_norm(x), attend)
-        x, normed = self.join(x, y, self.attn_ln, self.final_layer_norm, rows)
-        return self.feed_forward(x, normed, rows)
+        x, normed = self.join(x, y, self.attn_ln, self.final_layer_norm, drops)
+        return self.feed_forward(x, normed, drops)
 
 
 class DecoderLayer(Layer):
     """Self-attention (behind a prompt), cross-attention to the encoder's output, feed-forward."""
 
-    def __init__(self, config: BackboneConfig, drop_path: float) -> None:
-        super().__init__(config, drop_path)
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__(config)
         self.self_attn = Attention(config)
         self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
         self.self_attn_ln = nn.LayerNorm(config.d_model)
@@ -130,14 +124,9 @@ class DecoderLayer(Layer):
         self.encoder_attn_layer_norm = nn.LayerNorm(config.d_model)
         self.cross_attn_ln = nn.LayerNorm(config.d_model)
 
-    def forward(self, x: Tensor, attend: SelfAttend, cross: CrossAttend, rows: Rows) -> Tensor:
+    def forward(self, x: Tensor, attend: SelfAttend, cross: CrossAttend, drops: Drops | None) -> Tensor:
         y = self.self_attn.self_attend(self.self_attn_layer_norm(x), attend)
-        x, normed = self.join(x, y, self.self_attn_ln, self.encoder_attn_layer_norm, rows)
+        x, normed = self.join(x, y, self.self_attn_ln, self.encoder_attn_layer_norm, drops)
         y = self.encoder_attn.cross_attend(normed, cross)
-        x, normed = self.join(x, y, self.cross_attn_ln, self.final_layer_norm, rows)
-        return self.feed_forward(x, normed, rows)
-
-
-def drop_path_rates(highest: float, layers: int) -> list[float]:
-    """Rising linearly from 0 in the first layer (ofa-spec 2.5)."""
-    return [highest * i / max(1, layers - 1) for i in range(layers)]
+        x, normed = self.join(x, y, self.cross_attn_ln, self.final_layer_norm, drops)
+        return self.feed_forward(x, normed, drops)

@@ -17,6 +17,7 @@ from promptmux_server.backbone.cache import DecodeCache
 from promptmux_server.backbone.config import BackboneConfig
 from promptmux_server.backbone.decoder import BeamRows, Decoder, Memory
 from promptmux_server.backbone.encoder import Encoder, EncoderOutput, EncoderRow, ImageTokens
+from promptmux_server.backbone.passes import PLAIN_PASS, PassOptions
 
 
 class OFA(nn.Module):
@@ -24,7 +25,7 @@ class OFA(nn.Module):
 
     def __init__(self, config: BackboneConfig, *, folded: bool = True) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.folded = config, folded
         self.encoder = Encoder(config, folded=folded)
         self.decoder = Decoder(config)
         self.output_projection: nn.Module | None = None
@@ -42,9 +43,11 @@ class OFA(nn.Module):
         """(B, 3, S, S') normalised pixels -> one ImageTokens per picture."""
         return self.encoder.image_tokens(pixels)
 
-    def encode(self, rows: Sequence[EncoderRow], prompts: PromptBatch | None = None) -> EncoderOutput:
+    def encode(
+        self, rows: Sequence[EncoderRow], prompts: PromptBatch | None = None, options: PassOptions = PLAIN_PASS
+    ) -> EncoderOutput:
         """Encode rows of any mixture; row b reads prompt row b."""
-        out: EncoderOutput = self.encoder(rows, prompts)
+        out: EncoderOutput = self.encoder(rows, prompts, options)
         return out
 
     def remember(self, encoded: EncoderOutput) -> Memory:
@@ -57,11 +60,12 @@ class OFA(nn.Module):
         memory: Memory,
         prompts: PromptBatch | None = None,
         cache: tuple[DecodeCache, Tensor] | None = None,
+        options: PassOptions = PLAIN_PASS,
     ) -> Tensor:
         """Run decoder input texts (one per memory row) at once -> states (sum of lengths, d_model), row after row."""
         ids = torch.tensor([token for text in texts for token in text], device=self.device)
         rows = Rows.packed([len(text) for text in texts])
-        return self.decoder.prefill(self.encoder.embed_tokens(ids), rows, memory, self.encoder, prompts, cache)
+        return self.decoder.prefill(self.encoder.embed_tokens(ids), rows, memory, self.encoder, prompts, cache, options)
 
     def step(self, beams: BeamRows, memory: Memory, cache: DecodeCache, prompts: PromptBatch | None = None) -> Tensor:
         """Feed one token per beam -> states (R, d_model)."""

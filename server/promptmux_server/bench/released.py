@@ -45,7 +45,7 @@ class ReleasedForm:
             layer = cast(EncoderLayer, module)
             normed = layer.self_attn_layer_norm(x)
             x = x + layer.attn_ln(layer.self_attn.out_proj(self.attend(index, normed, absolute, rows, padding)))
-            x = x + _feed_forward(layer, x)
+            x = x + feed_forward(layer, x)
         return self._model.encoder.layer_norm(x), padding
 
     def embed(self, rows: Sequence[EncoderRow]) -> tuple[Tensor, Tensor]:
@@ -62,15 +62,15 @@ class ReleasedForm:
         encoder = self._model.encoder
         positions = encoder.positions(rows[0].grid, max(len(row.source) for row in rows))
         each = positions.expand(len(rows), -1, -1).contiguous()
-        q = self._heads(encoder.pos_q_linear(each)) * encoder.scale
-        return q @ self._heads(encoder.pos_k_linear(each)).transpose(2, 3)
+        q = self.heads(encoder.pos_q_linear(each)) * encoder.scale
+        return q @ self.heads(encoder.pos_k_linear(each)).transpose(2, 3)
 
     def attend(
         self, index: int, normed: Tensor, absolute: Tensor, rows: Sequence[EncoderRow], padding: Tensor
     ) -> Tensor:
         """One layer's attention with its bias, before the output projection; (B, N, d_model)."""
         attention = cast(EncoderLayer, self._model.encoder.layers[index]).self_attn
-        q, k, v = (self._heads(projection(normed)) for projection in _projections(attention))
+        q, k, v = (self.heads(projection(normed)) for projection in projections(attention))
         return self.attention(index, q, k, v, self.layer_bias(index, absolute, rows), padding)
 
     def layer_bias(self, index: int, absolute: Tensor, rows: Sequence[EncoderRow]) -> Tensor:
@@ -115,7 +115,7 @@ class ReleasedForm:
             tokens = torch.cat([tokens[order], (where % vocabulary).view(-1, 1)], dim=1)
         return tokens[:, 1:].view(len(rows), beam, steps)
 
-    def _heads(self, x: Tensor) -> Tensor:
+    def heads(self, x: Tensor) -> Tensor:
         """(B, n, d_model) -> (B, H, n, D)."""
         heads: Tensor = x.unflatten(2, (self._config.heads, -1)).transpose(1, 2)
         return heads
@@ -129,7 +129,7 @@ class ReleasedDecoder:
         self._beams = states.shape[0] // len(rows)
         self._padding = padding
         attentions = [cast(DecoderLayer, layer).encoder_attn for layer in self._model.decoder.layers]
-        self._memory = [(form._heads(a.k_proj(states)), form._heads(a.v_proj(states))) for a in attentions]
+        self._memory = [(form.heads(a.k_proj(states)), form.heads(a.v_proj(states))) for a in attentions]
         self._encoder_positions = self._model.encoder.positions(
             rows[0].grid, max(len(row.source) for row in rows)
         ).expand(len(states), -1, -1)
@@ -155,14 +155,14 @@ class ReleasedDecoder:
             y = self._self_attend(index, layer, layer.self_attn_layer_norm(x), bias, order)
             x = x + layer.self_attn_ln(y)
             x = x + layer.cross_attn_ln(self._cross_attend(index, layer, layer.encoder_attn_layer_norm(x), cross))
-            x = x + _feed_forward(layer, x)
+            x = x + feed_forward(layer, x)
         return F.linear(decoder.layer_norm(x[:, 0]), model.encoder.embed_tokens.weight)
 
     def _scores(self, q: Tensor, k: Tensor) -> Tensor:
-        return (self._form._heads(q) * self._model.decoder.scale) @ self._form._heads(k).transpose(2, 3)
+        return (self._form.heads(q) * self._model.decoder.scale) @ self._form.heads(k).transpose(2, 3)
 
     def _self_attend(self, index: int, layer: DecoderLayer, x: Tensor, bias: Tensor, order: Tensor) -> Tensor:
-        q, k, v = (self._form._heads(projection(x)) for projection in _projections(layer.self_attn))
+        q, k, v = (self._form.heads(projection(x)) for projection in projections(layer.self_attn))
         cache = self._caches[index]
         if cache is not None:
             k = torch.cat([cache[0].index_select(0, order), k], dim=2)
@@ -172,26 +172,26 @@ class ReleasedDecoder:
         scores = (q * self._model.decoder.scale) @ torch.cat([prompt_key, k], dim=2).transpose(2, 3)
         scores[..., prompt_key.shape[2] :] += bias
         scores[..., : prompt_key.shape[2]].masked_fill_(self._hidden[:, None, None], -torch.inf)
-        return _combine(layer.self_attn, scores, torch.cat([prompt_value, v], dim=2))
+        return combine(layer.self_attn, scores, torch.cat([prompt_value, v], dim=2))
 
     def _cross_attend(self, index: int, layer: DecoderLayer, x: Tensor, bias: Tensor) -> Tensor:
         attention = layer.encoder_attn
         key, value = self._memory[index]
-        q = self._form._heads(attention.q_proj(x)) * self._model.decoder.scale
+        q = self._form.heads(attention.q_proj(x)) * self._model.decoder.scale
         scores = (q @ key.transpose(2, 3) + bias).masked_fill(self._padding[:, None, None], -torch.inf)
-        return _combine(attention, scores, value)
+        return combine(attention, scores, value)
 
 
-def _projections(attention: Attention) -> tuple[torch.nn.Module, ...]:
+def projections(attention: Attention) -> tuple[torch.nn.Module, ...]:
     return attention.q_proj, attention.k_proj, attention.v_proj
 
 
-def _combine(attention: Attention, scores: Tensor, value: Tensor) -> Tensor:
+def combine(attention: Attention, scores: Tensor, value: Tensor) -> Tensor:
     out = F.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value
     projected: Tensor = attention.out_proj((out * attention.c_attn[:, None, None]).transpose(1, 2).flatten(2))
     return projected
 
 
-def _feed_forward(layer: Layer, x: Tensor) -> Tensor:
+def feed_forward(layer: Layer, x: Tensor) -> Tensor:
     out: Tensor = layer.fc2(layer.ffn_layernorm(F.gelu(layer.fc1(layer.final_layer_norm(x)))))
     return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from promptmux_server.cli import ask, bench, converting, prompts, serving
+from promptmux_server.cli import ask, bench, converting, data, prompts, serving
 
 app = typer.Typer(
     name="promptmux",
@@ -17,4 +17,5 @@ serving.register(app)
 ask.register(app)
 prompts.register(app)
 converting.register(app)
+data.register(app)
 bench.register(app)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from itertools import count
 
+from promptmux_server.backbone.image_key import ImageKey
 from promptmux_server.backbone.model import OFA
 from promptmux_server.backbone.tokenizer import Tokenizer
 from promptmux_server.engine.decoding import TextStream, make_search
-from promptmux_server.engine.image_cache import ImageKey
 from promptmux_server.engine.memory import DecodingMemory
 from promptmux_server.engine.pictures import Pictures
 from promptmux_server.engine.prompt_versions import Lease

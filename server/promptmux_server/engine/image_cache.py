@@ -8,22 +8,11 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from promptmux_server.backbone.encoder import ImageTokens
+from promptmux_server.backbone.image_key import ImageKey
 from promptmux_server.engine.request import ImageCacheStats
-
-
-@dataclass(frozen=True)
-class ImageKey:
-    """All that the stem's output depends on, besides the model: decoded pixels and how they are prepared."""
-
-    digest: str
-    size: int
-    mean: float
-    std: float
-    alone: bool = False
-    """Seen in a pass of its own: the same bits whatever pictures others send."""
 
 
 class ImageCache:

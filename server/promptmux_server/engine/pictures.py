@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from promptmux_server.backbone.encoder import ImageTokens
+from promptmux_server.backbone.image_key import ImageKey
 from promptmux_server.backbone.images import DecodedImage, preprocess
 from promptmux_server.backbone.model import OFA
 from promptmux_server.engine.device_faults import in_parts_that_fit
-from promptmux_server.engine.image_cache import ImageCache, ImageKey
+from promptmux_server.engine.image_cache import ImageCache
 
 PICTURES_PER_STEM_PASS = 8
 

@@ -9,7 +9,7 @@ import argparse
 import logging
 import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,10 +36,18 @@ from promptmux_server.pocket.samples import (
 from promptmux_server.pocket.scores import TaskScore, score_task
 from promptmux_server.tasks import TaskSpec, encode_item
 from promptmux_server.tasks.trie import Trie
+from promptmux_server.training.batch import Cursor, TrainingBatch
+from promptmux_server.training.cohort import Cohort
 from promptmux_server.training.forward import Example
-from promptmux_server.training.tuner import TuningBatch, TuningRecipe, tune
+from promptmux_server.training.initial import text_table
+from promptmux_server.training.methods import DeepPrompts
+from promptmux_server.training.methods.prompts import Begin
+from promptmux_server.training.recipe import PromptRecipe, StepRecipe
+from promptmux_server.training.run import Run
 
 log = logging.getLogger(__name__)
+
+Seen = Sequence[ImageTokens]
 
 KINDS: dict[TaskName, Kind] = {
     "scene-caption": "caption",
@@ -47,11 +55,14 @@ KINDS: dict[TaskName, Kind] = {
     "scene-entailment": "label",
     "scene-grounding": "box",
 }
-RECIPES: dict[TaskName, TuningRecipe] = {
-    "scene-caption": TuningRecipe(steps=600),
-    "scene-vqa": TuningRecipe(steps=1600),
-    "scene-entailment": TuningRecipe(steps=700),
-    "scene-grounding": TuningRecipe(steps=1600),
+PROMPT = PromptRecipe(encoder_length=32, decoder_length=32, dropout=0.0)
+LEARNING_RATE = 0.05
+"""Above the paper's 0.03: in a few hundred steps noise of N(0, 0.02) must grow to the size of real keys."""
+STEPS: dict[TaskName, int] = {
+    "scene-caption": 600,
+    "scene-vqa": 1600,
+    "scene-entailment": 700,
+    "scene-grounding": 1600,
 }
 BEGIN_TEXTS: dict[TaskName, str] = {
     "scene-caption": " what does the image describe?",
@@ -62,17 +73,22 @@ BEGIN_TEXTS: dict[TaskName, str] = {
 """Pretraining's words for the nearest thing that a task asks; the prompt begins as their keys and values."""
 ROWS = 48
 """Examples a step."""
+LOG_EVERY = 50
 
 
-def manifest(task: TaskName, backbone: LoadedBackbone, recipe: TuningRecipe | None) -> Manifest:
+def step_recipe(task: TaskName) -> StepRecipe:
+    return StepRecipe(steps=STEPS[task], learning_rate=LEARNING_RATE, weight_decay=0.0, smoothing=0.0)
+
+
+def manifest(task: TaskName, backbone: LoadedBackbone, prompt: PromptRecipe | None) -> Manifest:
     """A task's manifest; without a recipe, that of the bare backbone under the task's own instruction."""
     return Manifest(
         name=task,
         kind=KINDS[task],
         backbone_name=backbone.config.name,
         fingerprint=backbone.fingerprint,
-        encoder_length=recipe.encoder_length if recipe else 0,
-        decoder_length=recipe.decoder_length if recipe else 0,
+        encoder_length=prompt.encoder_length if prompt else 0,
+        decoder_length=prompt.decoder_length if prompt else 0,
         instruction=INSTRUCTIONS[task],
         image=ImageInput(backbone.config.image_size),
         answers={"scene-vqa": vqa_answers(), "scene-entailment": tuple(ENTAILMENT_LABELS)}.get(task),
@@ -81,23 +97,31 @@ def manifest(task: TaskName, backbone: LoadedBackbone, recipe: TuningRecipe | No
     )
 
 
-def batches(
-    task: TaskName, model: OFA, tokenizer: Tokenizer, spec: TaskSpec, data: SceneDataset, seen: Sequence[ImageTokens]
-) -> Iterator[TuningBatch]:
-    """Endless batches about the first scenes of the data, `seen` by the frozen stem already."""
-    rng = random.Random(RECIPES[task].seed)
-    answers = None
-    if spec.manifest.answers is not None:
-        answers = Trie([tokenizer.encode(f" {answer}") for answer in spec.manifest.answers])
-    while True:
-        chosen = [rng.randrange(len(seen)) for _ in range(ROWS)]
+class SceneBatches:
+    """A task's batches about the first scenes of the data, `seen` by the frozen stem already."""
+
+    def __init__(
+        self, task: TaskName, backbone: LoadedBackbone, tokenizer: Tokenizer, data: SceneDataset, seen: Seen
+    ) -> None:
+        self._task, self._tokenizer, self._data, self._seen = task, tokenizer, data, seen
+        described = manifest(task, backbone, PROMPT)
+        self._config, self._spec = backbone.config, TaskSpec.from_manifest(described, backbone.config)
+        self._answers = None
+        if described.answers is not None:
+            self._answers = Trie([tokenizer.encode(f" {answer}") for answer in described.answers])
+
+    def take(self, cursor: Cursor) -> tuple[TrainingBatch, Cursor]:
+        """Batch number `cursor`: what is in it depends on that number alone."""
+        number = cursor if isinstance(cursor, int) else 0
+        rng = random.Random(step_recipe(self._task).seed * 1_000_003 + number)
+        chosen = [rng.randrange(len(self._seen)) for _ in range(ROWS)]
         examples = []
         for row, index in enumerate(chosen):
-            sample = task_sample(task, data[index][1], rng)
-            item = encode_item(spec, tokenizer, sample.text, None)
-            target = part_ids([sample.target], tokenizer, model.config)
+            sample = task_sample(self._task, self._data[index][1], rng)
+            item = encode_item(self._spec, self._tokenizer, sample.text, None)
+            target = part_ids([sample.target], self._tokenizer, self._config)
             examples.append(Example(item.source_ids, (BOS,), target, row))
-        yield TuningBatch(examples, [seen[index] for index in chosen], answers)
+        return TrainingBatch(examples, [self._seen[index] for index in chosen], self._answers), number + 1
 
 
 @torch.no_grad()
@@ -110,33 +134,44 @@ def stem_once(model: OFA, data: SceneDataset, indices: Sequence[int]) -> list[Im
     return tokens
 
 
-def tune_task(
-    task: TaskName,
+def tune_tasks(
+    tasks: Sequence[TaskName],
     backbone: LoadedBackbone,
     model: OFA,
     tokenizer: Tokenizer,
     data: SceneDataset,
-    seen: Sequence[ImageTokens],
-) -> Prompt:
-    """Tune one shipped prompt; its manifest has no score yet."""
-    recipe = RECIPES[task]
-    described = manifest(task, backbone, recipe)
-    spec = TaskSpec.from_manifest(described, backbone.config)
-    begin = (BOS, *tokenizer.encode(BEGIN_TEXTS[task]), EOS)
-    tables = tune(model, recipe, batches(task, model, tokenizer, spec, data, seen), begin)
+    seen: Seen,
+) -> dict[TaskName, Prompt]:
+    """Tune shipped prompts, all in one batch; their manifests have no score yet."""
+    cohort = Cohort()
+    for task in tasks:
+        begin = Begin(text_table(model, (BOS, *tokenizer.encode(BEGIN_TEXTS[task]), EOS)))
+        recipe = step_recipe(task)
+        method = DeepPrompts(model, PROMPT, seed=recipe.seed, begin=begin)
+        cohort.join(Run(task, method, recipe, SceneBatches(task, backbone, tokenizer, data, seen)))
+    runs = {task: run for task, run in zip(tasks, cohort.runs, strict=True)}
+    while cohort.runs:
+        advance = cohort.advance()
+        for failure in advance.failed:
+            raise failure.error
+        for report in advance.steps:
+            if report.step % LOG_EVERY == 0:
+                log.info("%s, step %d: nll %.4f", report.run, report.step, report.nll)
+    return {task: _learned(task, run, backbone, len(seen)) for task, run in runs.items()}
+
+
+def _learned(task: TaskName, run: Run, backbone: LoadedBackbone, pictures: int) -> Prompt:
     provenance = {
         "method": "prompt",
-        "steps": recipe.steps,
+        "steps": run.recipe.steps,
         "rows": ROWS,
-        "learning_rate": recipe.learning_rate,
-        "seed": recipe.seed,
+        "learning_rate": run.recipe.learning_rate,
+        "seed": run.recipe.seed,
         "begun_from": BEGIN_TEXTS[task],
-        "data": f"composed scenes 0 to {len(seen) - 1}, split train",
+        "data": f"composed scenes 0 to {pictures - 1}, split train",
     }
-    with torch.no_grad():
-        encoder, decoder = tables.sides()
-    tensors = [tensor.to(torch.bfloat16).contiguous() for tensor in (*encoder, *decoder)]
-    return Prompt.build(replace(described, provenance=provenance), *tensors)
+    tensors = [tensor.to(torch.bfloat16) for tensor in run.saved().values()]
+    return Prompt.build(replace(manifest(task, backbone, PROMPT), provenance=provenance), *tensors)
 
 
 def bare_prompt(task: TaskName, backbone: LoadedBackbone) -> Prompt:
@@ -170,9 +205,9 @@ def main() -> None:
     train, heldout = SceneDataset(arguments.train), SceneDataset(arguments.heldout)
     arguments.out.mkdir(parents=True, exist_ok=True)
     seen = stem_once(model, train, range(arguments.pictures))
-    for task in arguments.task or TASKS:
+    prompts = tune_tasks(arguments.task or TASKS, backbone, model, tokenizer, train, seen)
+    for task, prompt in prompts.items():
         log.info("%s", task)
-        prompt = tune_task(task, backbone, model, tokenizer, train, seen)
         for title, candidate in (("backbone alone", bare_prompt(task, backbone)), ("with its prompt", prompt)):
             with tempfile.TemporaryDirectory() as folder:
                 Path(folder, f"{task}.safetensors").write_bytes(write_prompt(candidate))

@@ -50,10 +50,15 @@ class LoadedBackbone:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over name, type, shape and bytes of every tensor: two backbones with equal prints are the same."""
-        sha = hashlib.sha256()
-        for name in sorted(self.tensors):
-            tensor = self.tensors[name].detach().cpu().contiguous()
-            sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        return sha.hexdigest()
+        """Two backbones with equal prints are the same."""
+        return fingerprint(self.tensors)
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, types, shapes and bytes, whatever the order."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()

@@ -1,0 +1,123 @@
+"""Deep prompts: learned keys and values in front of self-attention, in encoder, decoder or both (ofa-spec 4).
+
+Each side is a plain table, or a small network that makes the table and is folded into it when saved. The backbone is
+shared by all prompts, and only read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from promptmux_prompts.importers.ofa import fold_generator, split_table
+from promptmux_server.backbone.config import BackboneConfig
+from promptmux_server.backbone.model import OFA
+from promptmux_server.training.chance import Chance
+from promptmux_server.training.initial import initial_table
+from promptmux_server.training.methods.method import KeyValue, RowPrompts
+from promptmux_server.training.recipe import PromptRecipe, RecipeError
+
+
+@dataclass(frozen=True)
+class Begin:
+    """Tables (n, layers * 2 * d_model) whose rows the prompt begins with, in place of noise, as far as they fit."""
+
+    encoder: Tensor | None = None
+    decoder: Tensor | None = None
+
+
+FROM_NOISE = Begin()
+
+
+class DeepPrompts:
+    """The prompts of one task under training. Parameters are named as the released trainer stores them."""
+
+    needs_pixels = False
+
+    def __init__(self, model: OFA, recipe: PromptRecipe, *, seed: int, begin: Begin = FROM_NOISE) -> None:
+        """Raises ValueError if the backbone would change, RecipeError if an MLP is to begin from rows."""
+        if model.training or any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError("the backbone is not frozen: call eval() and requires_grad_(False) first")
+        if recipe.generator == "mlp" and begin != FROM_NOISE:
+            raise RecipeError("generator must be table where a prompt begins from given rows")
+        self.model, self._recipe = model, recipe
+        self._layers = {"encoder": model.config.encoder_layers, "decoder": model.config.decoder_layers}
+        first = {"encoder.embedding.weight": begin.encoder, "decoder.embedding.weight": begin.decoder}
+        self.parameters = {
+            name: nn.Parameter(_initial(shape, seed + number, first.get(name)).to(model.device))
+            for number, (name, shape) in enumerate(prompt_shapes(model.config, recipe).items())
+        }
+
+    def prompts(self, rows: int, chance: Chance | None) -> RowPrompts:
+        encoder, decoder = (self._side(side, self.parameters) for side in self._layers)
+        if chance is None or self._recipe.dropout == 0.0:
+            return RowPrompts([encoder], [decoder], [0] * rows)
+        return RowPrompts(
+            self._thinned(encoder, rows, chance, "encoder prompt"),
+            self._thinned(decoder, rows, chance, "decoder prompt"),
+            range(rows),
+        )
+
+    def sides(self, values: Mapping[str, Tensor]) -> tuple[KeyValue, KeyValue]:
+        """K and V of encoder and decoder as they are served, made of the parameters' values."""
+        return self._side("encoder", values), self._side("decoder", values)
+
+    @torch.no_grad()
+    def saved(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        encoder, decoder = self.sides(values)
+        parts = {"encoder.prefix": encoder, "decoder.prefix": decoder}
+        return {
+            f"{side}.{part}": tensor.contiguous()
+            for side, pair in parts.items()
+            for part, tensor in zip(("key", "value"), pair, strict=True)
+        }
+
+    def _side(self, side: str, values: Mapping[str, Tensor]) -> KeyValue:
+        config, layers = self.model.config, self._layers[side]
+        own = {name.removeprefix(f"{side}."): value for name, value in values.items() if name.startswith(f"{side}.")}
+        table = fold_generator(own) if own else torch.zeros(0, layers * 2 * config.d_model, device=self.model.device)
+        return split_table(table, layers, config.heads)
+
+    def _thinned(self, side: KeyValue, rows: int, chance: Chance, place: str) -> list[KeyValue]:
+        """Every row's own copy, with numbers dropped one by one, as released."""
+        key, value = (
+            part * chance.kept((rows, *part.shape), self._recipe.dropout, f"{place} {name}", part)
+            for part, name in zip(side, ("key", "value"), strict=True)
+        )
+        return list(zip(key, value, strict=True))
+
+
+def _initial(shape: Sequence[int], seed: int, begin: Tensor | None) -> Tensor:
+    """Noise, behind the rows that a table begins with; biases are zero."""
+    if len(shape) == 1:
+        return torch.zeros(*shape)
+    length, width = shape
+    return initial_table(length, width, seed, begin)
+
+
+def prompt_shapes(config: BackboneConfig, recipe: PromptRecipe) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what learns; the names behind the side are those that `fold_generator` takes."""
+    d, width = config.d_model, recipe.generator_width or 2 * config.d_model
+    shapes: dict[str, tuple[int, ...]] = {}
+    sides = (
+        ("encoder", recipe.encoder_length, config.encoder_layers),
+        ("decoder", recipe.decoder_length, config.decoder_layers),
+    )
+    for side, length, layers in sides:
+        table = layers * 2 * d
+        if length == 0:
+            continue
+        if recipe.generator == "table":
+            shapes[f"{side}.embedding.weight"] = (length, table)
+            continue
+        shapes |= {
+            f"{side}.embedding.weight": (length, d),
+            f"{side}.trans.0.weight": (width, d),
+            f"{side}.trans.0.bias": (width,),
+            f"{side}.trans.2.weight": (table, width),
+            f"{side}.trans.2.bias": (table,),
+        }
+    return shapes

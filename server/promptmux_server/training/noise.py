@@ -1,0 +1,70 @@
+"""Dropout and stochastic depth of the frozen backbone in a batch of many runs, each with its own rates and chance.
+
+Knows the order of rows (a run's rows lie together); nothing of prompts or losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from promptmux_kernels import Rows
+from promptmux_server.training.chance import Chance
+
+
+@dataclass(frozen=True)
+class RunNoise:
+    """What one run leaves out, and how many of the batch's rows are its own."""
+
+    chance: Chance
+    rows: int
+    dropout: float
+    drop_path: float
+
+
+class BatchNoise:
+    """The backbone's `Noise` of a batch whose rows follow the order of `runs`."""
+
+    def __init__(self, runs: Sequence[RunNoise]) -> None:
+        self._runs = runs
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing would be left out."""
+        return not any(run.dropout or run.drop_path for run in self._runs)
+
+    def at(self, place: str, depth: float, rows: Rows) -> PlaceNoise:
+        return PlaceNoise(self._runs, place, depth, rows)
+
+
+@dataclass
+class PlaceNoise:
+    """The backbone's `Drops` of one place."""
+
+    runs: Sequence[RunNoise]
+    place: str
+    depth: float
+    rows: Rows
+    asked: int = field(default=0, init=False)
+    """Times so far: a layer asks more than once, and each time means another draw."""
+
+    def elements(self, x: Tensor) -> Tensor:
+        here, first, masks = self._here(), 0, []
+        for run in self.runs:
+            tokens = sum(self.rows.lengths[first : first + run.rows])
+            masks.append(run.chance.kept((tokens, x.shape[1]), run.dropout, here, x))
+            first += run.rows
+        return x * torch.cat(masks)
+
+    def branches(self, x: Tensor) -> Tensor:
+        here = self._here()
+        kept = [run.chance.kept((run.rows,), run.drop_path * self.depth, here, x) for run in self.runs]
+        lengths = torch.tensor(self.rows.lengths, device=x.device)
+        return x * torch.cat(kept).repeat_interleave(lengths)[:, None]
+
+    def _here(self) -> str:
+        self.asked += 1
+        return f"{self.place} {self.asked}"
