@@ -197,7 +197,7 @@ def test_a_full_queue_refuses_and_later_accepts(start: Start, held: threading.Ev
     waiting = [engine.submit(ask()) for _ in range(2)]
     with pytest.raises(Overloaded) as caught:
         engine.submit(ask())
-    assert caught.value.retry_after_s in range(1, 5)
+    assert caught.value.retry_after_s in range(1, 31)  # how long exactly is the queue's, and tested there
     held.set()
     for future in [running, *waiting]:
         assert future.result(20)
