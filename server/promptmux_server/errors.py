@@ -12,9 +12,11 @@ the one place that turns an exception into an answer.
     │   ├── Forbidden                  403  forbidden
     │   ├── PromptNotFound             404  prompt_not_found
     │   ├── VersionNotFound            404  version_not_found      the name has no such version, or none that is kept
+    │   ├── JobNotFound                404  job_not_found
     │   ├── RouteNotFound              404  route_not_found
     │   ├── MethodNotAllowed           405  method_not_allowed
     │   ├── RegistryFull               409  registry_full          no further names
+    │   ├── IdempotencyConflict        409  idempotency_conflict   one key, two different jobs
     │   ├── VersionMismatch            412  version_mismatch       the name stands for another version than expected
     │   ├── BodyTooLarge               413  body_too_large
     │   ├── ImageTooLarge              413  image_too_large
@@ -48,7 +50,11 @@ the one place that turns an exception into an answer.
     │   ├── BackboneKeysError          500  backbone_keys_mismatch
     │   └── UnsafePickle               500  backbone_unsafe_pickle
     ├── TrainingError                  500  training_failed        a run cannot go on; what it saved stands
-    │   └── TrainingDiverged           500  training_diverged      its loss or gradient is no number any more
+    │   ├── TrainingDiverged           500  training_diverged      its loss or gradient is no number any more
+    │   ├── RunHeld                    500  run_held               another process trains into the same folder
+    │   └── CheckpointNotWritten       500  checkpoint_not_written the disk; earlier checkpoints stand
+    ├── LeaseLost                      500  lease_lost             another worker has the job
+    ├── TrainingConfigError            422  invalid_training_config
     └── DataError                      422  invalid_training_data  raised while training data are read
 """
 
@@ -140,6 +146,20 @@ class RouteNotFound(RequestError):
 
     code = "route_not_found"
     status = 404
+
+
+class JobNotFound(RequestError):
+    """No job has this id."""
+
+    code = "job_not_found"
+    status = 404
+
+
+class IdempotencyConflict(RequestError):
+    """An idempotency key that stands for another job."""
+
+    code = "idempotency_conflict"
+    status = 409
 
 
 class MethodNotAllowed(RequestError):
@@ -395,6 +415,31 @@ class TrainingDiverged(TrainingError):
             "Go on from an earlier checkpoint with a lower learning rate, or check the data."
         )
         self.run, self.step = run, step
+
+
+class RunHeld(TrainingError):
+    """Another process writes this run's checkpoints."""
+
+    code = "run_held"
+
+
+class CheckpointNotWritten(TrainingError):
+    """The disk did not take what a run wants to keep. Earlier checkpoints stand."""
+
+    code = "checkpoint_not_written"
+
+
+class LeaseLost(PromptmuxError):
+    """A worker spoke for a job that is no longer its own."""
+
+    code = "lease_lost"
+
+
+class TrainingConfigError(PromptmuxError):
+    """A training configuration that cannot be followed; the message names line and field, and what is allowed."""
+
+    code = "invalid_training_config"
+    status = 422
 
 
 class DataError(PromptmuxError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from promptmux_server.cli import ask, bench, converting, data, prompts, serving
+from promptmux_server.cli import ask, bench, converting, data, job_commands, prompts, serving, training
 
 app = typer.Typer(
     name="promptmux",
@@ -18,4 +18,6 @@ ask.register(app)
 prompts.register(app)
 converting.register(app)
 data.register(app)
+training.register(app)
+job_commands.register(app)
 bench.register(app)

@@ -167,8 +167,12 @@ class Run:
             kinds.setdefault(kind, {})[owner] = value
         for name, parameter in self.method.parameters.items():
             parameter.copy_(kinds["parameter"][name])
-            moments = {kind: kinds[kind][name].clone() for kind in MOMENTS if name in kinds.get(kind, {})}
-            self._optimizer.state[parameter] = moments
+            # The optimiser counts its steps on the host, wherever the parameter is.
+            self._optimizer.state[parameter] = {
+                kind: kinds[kind][name].to("cpu" if kind == "step" else parameter.device, copy=True)
+                for kind in MOMENTS
+                if name in kinds.get(kind, {})
+            }
         for name, average in self._average.items():
             average.copy_(kinds["average"][name])
         step = state.numbers["step"]

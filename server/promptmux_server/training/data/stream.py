@@ -38,11 +38,15 @@ class Stream:
         self._order = lru_cache(4 * len(self._sources))(self._make_order)
 
     @property
+    def sources(self) -> Sequence[Rows]:
+        return self._sources
+
+    @property
     def digest(self) -> str:
-        """sha256 over all that decides which samples come when; a run goes on only on the stream that it began with."""
+        """sha256 over all that decides which lines come when, wherever the files lie; a run goes on only on its own."""
         sha = hashlib.sha256(f"{self._seed} {self._quotas}".encode())
         for rows in self._sources:
-            sha.update(f" {rows.source.identity} {len(rows)} ".encode())
+            sha.update(f" {rows.source.sha256} {len(rows)} ".encode())
             sha.update(np.ascontiguousarray(rows.lines).data)
         return sha.hexdigest()
 

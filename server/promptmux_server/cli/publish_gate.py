@@ -1,0 +1,60 @@
+"""A trained prompt is published only if it is better than the one that is served, on the same samples.
+
+Both are scored here, by the same engine; what the served one's manifest says of itself is not asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from promptmux import NotFound
+from promptmux_prompts import Prompt, PromptFileError, PromptShape, read_prompt
+from promptmux_server.cli.prompt_refusals import connected
+
+Measure = Callable[[Prompt], float]
+"""The score of any prompt on the samples that the trained one was scored on."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a trained prompt, and why."""
+
+    published: bool
+    reason: str
+    version: int | None = None
+    """That it became."""
+    served_score: float | None = None
+    """None: nothing was served under the name, or nothing that could be compared."""
+
+
+def publish_if_better(
+    url: str, name: str, prompt: Prompt, data: bytes, measure: Measure, *, margin: float, shape: PromptShape
+) -> Verdict:
+    """Ask the server what it serves, compare, and publish against exactly that version; `data` is the prompt's file."""
+    score = _own_score(prompt)
+    with connected(url, name) as client:
+        try:
+            current = client.prompts.get(name)
+        except NotFound:
+            pushed = client.prompts.push(name, data, create_only=True)
+            return Verdict(True, "nothing was served under this name", pushed.version)
+        try:
+            file = client.prompts.pull(name, current.version)
+            served = read_prompt(file, shape=shape, fingerprint=prompt.manifest.fingerprint, dtype=torch.float32)
+        except PromptFileError as error:
+            return Verdict(False, f"version {current.version} cannot be compared with it: {error}")
+        before = measure(served)
+        against = f"it scores {score:.4f}, and version {current.version} scores {before:.4f}"
+        if score <= before + margin:
+            return Verdict(False, f"{against} (margin {margin:g})", served_score=before)
+        pushed = client.prompts.push(name, data, if_version=current.version)
+        return Verdict(True, against, pushed.version, before)
+
+
+def _own_score(prompt: Prompt) -> float:
+    metric: Any = prompt.manifest.metric
+    return float(metric["value"])

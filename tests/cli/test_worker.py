@@ -1,0 +1,126 @@
+"""Trainings that are left to a worker: done, cancelled, given back, taken over, or failed with their reason."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import tiny
+from promptmux_server.backbone.weights import write_backbone
+from promptmux_server.cli import app
+from promptmux_server.cli.working import work
+from promptmux_server.jobs import JobTable
+from promptmux_server.training.checkpoint import Checkpoints
+from promptmux_server.training.run import Run
+from training.job_worker import data
+
+CONFIG = """\
+backbone = "tiny"
+output = "out"
+task = {name = "counting", kind = "answer"}
+prompt = {encoder_length = 4, decoder_length = 3}
+steps = {steps = 6}
+run = {rows = 3, validate_every = 3}
+machine = {threads = 1}
+
+[data]
+heldout = 0.3
+train = [{path = "data.jsonl"}]
+"""
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> JobTable:
+    data(tmp_path)
+    write_backbone(tmp_path / "tiny", tiny.backbone())
+    tiny.tokenizer().save(tmp_path / "tiny")
+    (tmp_path / "job.toml").write_text(CONFIG)
+    return JobTable(tmp_path / "state" / "jobs.sqlite")
+
+
+def run(folder: Path, *arguments: str) -> str:
+    done = CliRunner().invoke(app, [*arguments, "--state", str(folder / "state")], env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    return done.stdout.strip()
+
+
+def queue(folder: Path) -> str:
+    return run(folder, "train", str(folder / "job.toml"), "--queue")
+
+
+def never() -> bool:
+    return False
+
+
+def test_a_queued_training_is_done_by_a_worker_and_tells_of_it(tmp_path: Path, table: JobTable) -> None:
+    job_id = queue(tmp_path)
+    assert job_id in run(tmp_path, "jobs", "list")
+    assert run(tmp_path, "worker", "--once") == "jobs taken: 1"
+    job = table.get(job_id)
+    assert job.state == "succeeded", job.error
+    assert job.result is not None
+    assert Path(job.result["file"]).is_file()
+    names = [event.name for event in table.events(job_id)]
+    assert names[:2] == ["queued", "started"]
+    assert names.count("score") == 2
+    assert names[-1] == "succeeded"
+    assert "attempt 1 of 3" in run(tmp_path, "jobs", "show", job_id)
+
+
+def test_a_worker_that_is_asked_to_stop_gives_its_job_back(tmp_path: Path, table: JobTable) -> None:
+    job_id, asked = queue(tmp_path), iter([False, False, True, True])
+    assert work(table, lambda: next(asked)) == 1
+    assert table.get(job_id).state == "queued"
+    assert work(table, never, once=True) == 1
+    assert table.get(job_id).state == "succeeded"
+
+
+def test_a_running_job_is_cancelled_behind_a_step(
+    tmp_path: Path, table: JobTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id, absorb = queue(tmp_path), Run.absorb
+
+    def slow(run: Run, loss: object) -> object:
+        table.cancel(job_id)
+        time.sleep(0.3)
+        return absorb(run, loss)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Run, "absorb", slow)
+    work(table, never, once=True, lease_s=0.4)
+    assert table.get(job_id).state == "cancelled"
+
+
+def test_a_job_that_cannot_be_done_says_why(tmp_path: Path, table: JobTable) -> None:
+    job_id = queue(tmp_path)
+    (tmp_path / "data.jsonl").write_text("{broken\n")
+    work(table, never, once=True)
+    job = table.get(job_id)
+    assert job.state == "failed"
+    assert job.error is not None
+    assert job.error["code"] == "invalid_training_data"
+    assert "data.jsonl, line 1" in job.error["message"]
+
+
+def test_a_job_whose_late_worker_still_runs_waits_for_it(tmp_path: Path, table: JobTable) -> None:
+    job_id = queue(tmp_path)
+    with Checkpoints(tmp_path / "out" / "checkpoints").held():
+        assert work(table, never, once=True) == 0
+        assert table.get(job_id).state == "queued"
+    assert work(table, never, once=True) == 1
+    assert table.get(job_id).state == "succeeded"
+
+
+def test_a_configuration_that_is_wrong_is_not_queued(tmp_path: Path, table: JobTable) -> None:
+    (tmp_path / "job.toml").write_text(CONFIG.replace("heldout", "held"))
+    arguments = ["train", str(tmp_path / "job.toml"), "--queue", "--state", str(tmp_path / "state")]
+    assert CliRunner().invoke(app, arguments).exit_code == 1
+    assert table.newest(10) == []
+
+
+def test_a_waiting_job_is_cancelled_at_once(tmp_path: Path, table: JobTable) -> None:
+    job_id = queue(tmp_path)
+    assert run(tmp_path, "jobs", "cancel", job_id) == f"{job_id}: cancelled"
+    assert work(table, never, once=True) == 0

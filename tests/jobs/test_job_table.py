@@ -1,0 +1,213 @@
+"""The table of jobs: who gets what when, and what becomes of a job whose worker died, was late or was told to stop."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+from pathlib import Path
+
+import pytest
+
+from promptmux_server.errors import IdempotencyConflict, JobNotFound, LeaseLost
+from promptmux_server.jobs import JobTable
+from promptmux_server.jobs import table as table_module
+
+LEASE_S = 30.0
+KINDS = ("training",)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        self.now += 0.001
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def table(tmp_path: Path, clock: Clock) -> JobTable:
+    return JobTable(tmp_path / "state" / "jobs.sqlite", clock)
+
+
+def names(table: JobTable, job_id: str) -> list[str]:
+    return [event.name for event in table.events(job_id)]
+
+
+def test_a_job_goes_from_queue_to_result_and_tells_of_it(table: JobTable) -> None:
+    job = table.submit("training", {"steps": 3}, owner="ann")
+    claim = table.claim(KINDS, LEASE_S)
+    assert claim is not None
+    assert (claim.job.id, claim.job.payload, claim.job.attempts) == (job.id, {"steps": 3}, 1)
+    assert table.claim(KINDS, LEASE_S) is None
+    table.tell(claim, "step", {"loss": 0.5})
+    table.succeed(claim, {"score": 0.9})
+    ended = table.get(job.id)
+    assert (ended.state, ended.result, ended.owner, ended.ended) == ("succeeded", {"score": 0.9}, "ann", True)
+    assert names(table, job.id) == ["queued", "started", "step", "succeeded"]
+    assert [event.number for event in table.events(job.id, after=2)] == [3, 4]
+
+
+def test_jobs_are_begun_by_priority_then_by_age(table: JobTable) -> None:
+    ids = [table.submit("training", {"n": n}, priority=priority).id for n, priority in enumerate((0, 5, 0, 5))]
+    claims = [table.claim(KINDS, LEASE_S) for _ in ids]
+    assert [claim.job.id for claim in claims if claim] == [ids[1], ids[3], ids[0], ids[2]]
+
+
+def test_a_worker_gets_only_kinds_that_it_can_do(table: JobTable) -> None:
+    table.submit("evaluation", {})
+    assert table.claim(KINDS, LEASE_S) is None
+    assert table.claim(("evaluation", *KINDS), LEASE_S) is not None
+
+
+def test_a_key_gives_the_same_job_again_and_no_other(table: JobTable) -> None:
+    first = table.submit("training", {"a": 1}, owner="ann", idempotency_key="k")
+    assert table.submit("training", {"a": 1}, owner="ann", idempotency_key="k").id == first.id
+    assert table.submit("training", {"a": 1}, owner="bob", idempotency_key="k").id != first.id
+    assert table.submit("training", {"a": 1}, owner="ann").id != first.id
+    with pytest.raises(IdempotencyConflict):
+        table.submit("training", {"a": 2}, owner="ann", idempotency_key="k")
+
+
+def test_a_lease_that_ran_out_returns_the_job_and_its_late_worker_is_refused(table: JobTable, clock: Clock) -> None:
+    table.submit("training", {})
+    late = table.claim(KINDS, LEASE_S)
+    assert late is not None
+    clock.now += LEASE_S + 1
+    second = table.claim(KINDS, LEASE_S)
+    assert second is not None
+    assert second.job.attempts == 2
+    for act in (
+        lambda: table.prolong(late, LEASE_S),
+        lambda: table.tell(late, "step", {}),
+        lambda: table.succeed(late, {}),
+        lambda: table.fail(late, "x", "y"),
+        lambda: table.give_back(late),
+    ):
+        with pytest.raises(LeaseLost):
+            act()
+    table.succeed(second, {})
+    with pytest.raises(LeaseLost):
+        table.succeed(second, {})
+
+
+def test_a_lease_that_is_prolonged_is_kept(table: JobTable, clock: Clock) -> None:
+    table.submit("training", {})
+    claim = table.claim(KINDS, LEASE_S)
+    assert claim is not None
+    for _ in range(3):
+        clock.now += LEASE_S - 1
+        assert table.prolong(claim, LEASE_S) is False
+        assert table.claim(KINDS, LEASE_S) is None
+
+
+def test_a_job_whose_workers_all_died_fails(table: JobTable, clock: Clock) -> None:
+    job = table.submit("training", {}, max_attempts=2)
+    for _ in range(2):
+        assert table.claim(KINDS, LEASE_S) is not None
+        clock.now += LEASE_S + 1
+    assert table.claim(KINDS, LEASE_S) is None
+    ended = table.get(job.id)
+    assert ended.state == "failed"
+    assert ended.error is not None
+    assert ended.error["code"] == "worker_lost"
+
+
+def test_a_job_that_is_given_back_costs_no_attempt(table: JobTable) -> None:
+    job = table.submit("training", {}, max_attempts=1)
+    claim = table.claim(KINDS, LEASE_S)
+    assert claim is not None
+    table.give_back(claim)
+    again = table.claim(KINDS, LEASE_S)
+    assert again is not None
+    assert again.job.id == job.id
+
+
+def test_a_waiting_job_is_cancelled_at_once_and_a_running_one_by_its_worker(table: JobTable, clock: Clock) -> None:
+    waiting = table.submit("training", {})
+    assert table.cancel(waiting.id).state == "cancelled"
+    assert table.claim(KINDS, LEASE_S) is None
+    running = table.submit("training", {})
+    claim = table.claim(KINDS, LEASE_S)
+    assert claim is not None
+    assert table.cancel(running.id).state == "running"
+    assert table.prolong(claim, LEASE_S) is True
+    table.end_cancelled(claim)
+    assert table.cancel(running.id).state == "cancelled"
+    dying = table.submit("training", {})
+    assert table.claim(KINDS, LEASE_S) is not None
+    table.cancel(dying.id)
+    clock.now += LEASE_S + 1
+    assert table.claim(KINDS, LEASE_S) is None
+    assert table.get(dying.id).state == "cancelled"
+
+
+def test_an_unknown_job_is_an_error(table: JobTable) -> None:
+    for act in (table.get, table.cancel, table.events):
+        with pytest.raises(JobNotFound):
+            act("nothing")
+
+
+def test_the_youngest_are_listed_by_owner_or_for_all(table: JobTable) -> None:
+    ids = [table.submit("training", {"n": n}, owner=owner).id for n, owner in enumerate(("ann", "bob", "ann"))]
+    assert [job.id for job in table.newest(10)] == ids[::-1]
+    assert [job.id for job in table.newest(10, "ann")] == [ids[2], ids[0]]
+    assert len(table.newest(1)) == 1
+
+
+def test_events_are_bounded_and_their_numbers_go_on(table: JobTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table_module, "EVENTS_KEPT", 5)
+    job = table.submit("training", {})
+    claim = table.claim(KINDS, LEASE_S)
+    assert claim is not None
+    for step in range(20):
+        table.tell(claim, "step", {"step": step})
+    assert [event.number for event in table.events(job.id)] == [18, 19, 20, 21, 22]
+
+
+def work(path: Path, done: list[str]) -> None:
+    table = JobTable(path)
+    while (claim := table.claim(KINDS, LEASE_S)) is not None:
+        done.append(claim.job.id)
+        table.succeed(claim, {})
+
+
+def test_no_job_is_claimed_twice_by_threads(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.sqlite"
+    ids = {JobTable(path).submit("training", {"n": n}).id for n in range(40)}
+    done: list[list[str]] = [[] for _ in range(4)]
+    threads = [threading.Thread(target=work, args=(path, mine)) for mine in done]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    claimed = [job_id for mine in done for job_id in mine]
+    assert len(claimed) == 40
+    assert set(claimed) == ids
+
+
+def hold(path: Path) -> None:
+    JobTable(path).claim(KINDS, LEASE_S)
+    threading.Event().wait()
+
+
+def test_a_killed_workers_job_is_taken_up_by_another_process(tmp_path: Path) -> None:
+    path, clock = tmp_path / "jobs.sqlite", Clock()
+    table = JobTable(path)
+    job = table.submit("training", {})
+    process = multiprocessing.get_context("spawn").Process(target=hold, args=(path,))
+    process.start()
+    while table.get(job.id).state != "running":
+        process.join(0.02)
+    process.kill()
+    process.join()
+    assert table.claim(KINDS, LEASE_S) is None
+    clock.now = table.get(job.id).created + 1000.0
+    claim = JobTable(path, clock).claim(KINDS, LEASE_S)
+    assert claim is not None
+    assert (claim.job.id, claim.job.attempts) == (job.id, 2)

@@ -1,0 +1,100 @@
+"""A training configuration is followed exactly or refused with the line, the field and what is allowed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from promptmux_server.errors import TrainingConfigError
+from promptmux_server.training.job_config import JobConfig, parse_job, read_job
+
+GOOD = """\
+output = "runs/pets"
+
+[task]
+name = "pets"
+kind = "answer"
+
+[data]
+heldout = 0.2
+
+[[data.train]]
+path = "pets.jsonl"
+images = "pictures"
+
+[prompt]
+encoder_length = 16
+
+[steps]
+steps = 500
+learning_rate = 0.05
+"""
+
+
+def parsed(text: str, folder: str = "/data") -> JobConfig:
+    return parse_job(text, "pets.toml", Path(folder))
+
+
+def test_relative_paths_start_at_the_files_own_folder() -> None:
+    config = parsed(GOOD)
+    assert config.output == Path("/data/runs/pets")
+    assert config.cache_folder == Path("/data/runs/pets/cache")
+    assert config.data.train[0].path == Path("/data/pets.jsonl")
+    assert config.data.train[0].images == Path("/data/pictures")
+    assert config.backbone == "pocket"
+    assert parsed(GOOD.replace("runs/pets", "/elsewhere")).output == Path("/elsewhere")
+    assert parsed('backbone = "ofa"\n' + GOOD).backbone == "/data/ofa"
+
+
+def test_what_is_not_said_has_its_default() -> None:
+    config = parsed(GOOD)
+    assert (config.prompt.encoder_length, config.prompt.decoder_length) == (16, 64)
+    assert config.validate_every == 50
+    assert config.publish.margin == 0.0
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("encoder_length", "encoder_lenght", "pets.toml, line 15: prompt.encoder_lenght: there is no such field here; "
+         "did you mean `encoder_length`?"),
+        ("heldout", "held", "Allowed are train, weights, validation, heldout, skip_bad, seed"),
+        ("images", "pictures", "pets.toml, line 12: data.train.pictures: there is no such field here"),
+        ("output", "outputs", "pets.toml, line 1: outputs: there is no such field"),
+        ('kind = "answer"', 'kind = "essay"', "line 5: task.kind: input should be 'caption', 'answer'"),
+        ('kind = "answer"\n', "", "pets.toml, line 3: task.kind: is missing"),
+        ("steps = 500", 'steps = "500"', "line 18: steps.steps: input should be a valid integer"),
+        ("learning_rate = 0.05", "learning_rate = -1", "line 17: steps: learning_rate must be above 0"),
+        ("learning_rate = 0.05", "learning_rate = nan", "no setting is a date, a time, inf or nan"),
+        ("learning_rate = 0.05", "learning_rate = 2026-01-01", "no setting is a date"),
+        ("learning_rate = 0.05", "learning_rate = ", "is not TOML: Invalid value (at line 19, column 17)"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_named_with_its_line_and_what_is_allowed(before: str, after: str, said: str) -> None:
+    with pytest.raises(TrainingConfigError) as refused:
+        parsed(GOOD.replace(before, after, 1))
+    assert said in refused.value.message
+    assert "/data" not in refused.value.message
+
+
+def test_all_mistakes_are_said_at_once() -> None:
+    with pytest.raises(TrainingConfigError) as refused:
+        parsed(GOOD.replace("heldout", "held").replace("steps = 500", "steps = 0.5"))
+    assert len(refused.value.message.splitlines()) == 2
+
+
+@pytest.mark.parametrize("content", [None, b"\xff", b"#" * (1 << 20) + b"\n"], ids=["missing", "binary", "huge"])
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "job.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(TrainingConfigError, match=r"job\.toml"):
+        read_job(path)
+
+
+def test_a_file_is_read_with_its_bytes(tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_text(GOOD)
+    config, data = read_job(tmp_path / "job.toml")
+    assert data == GOOD.encode()
+    assert config.output == tmp_path.resolve() / "runs/pets"

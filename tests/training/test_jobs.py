@@ -1,0 +1,186 @@
+"""What a job promises: it stops and goes on, refuses what is of another run, and loses no checkpoint to a fault."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import tiny
+from promptmux_prompts import Prompt
+from promptmux_server.backbone.weights import LoadedBackbone
+from promptmux_server.errors import CheckpointNotWritten, DataError, TrainingDiverged, TrainingError
+from promptmux_server.training import job as job_module
+from promptmux_server.training import run as run_module
+from promptmux_server.training.checkpoint import Checkpoints
+from promptmux_server.training.job import Event, Job, Scored, Stopped
+from promptmux_server.training.metrics import Score
+from promptmux_server.training.recipe import StepRecipe
+from promptmux_server.training.validation import OpenBackbone, Question
+from training.job_worker import any_score, backbone, config, data, job
+
+SHORT = StepRecipe(steps=8, learning_rate=0.05)
+
+
+def go(opened: Job, stop_at: int | None = None, *, changed_recipe: bool = False) -> list[Event]:
+    with opened:
+        opened.resume(changed_recipe=changed_recipe)
+        return list(opened.events(lambda: opened.run.step == stop_at))
+
+
+def kept(folder: Path) -> list[int]:
+    return [mark.step for mark in Checkpoints(folder / "out" / "checkpoints").marks()]
+
+
+def short(folder: Path, **changes: object) -> Job:
+    return job(folder, **{"steps": SHORT, **changes})  # type: ignore[arg-type]
+
+
+def test_a_stopped_job_keeps_where_it_stands_and_goes_on_to_the_same_prompt(tmp_path: Path) -> None:
+    whole, parts = short(tmp_path / "whole"), tmp_path / "parts"
+    go(whole)
+    assert go(short(parts), 3)[-1] == Stopped(3)
+    assert kept(parts) == [2, 3]
+    opened = short(parts)
+    events = go(opened)
+    assert not any(isinstance(event, Stopped) for event in events)
+    assert opened.learned().digest == whole.learned().digest
+
+
+def test_the_prompt_of_the_best_score_is_what_was_learned(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def fading(backbone: OpenBackbone, prompt: Prompt, questions: Sequence[Question]) -> Score:
+        asked.append(prompt.digest)
+        return Score("any", 1.0 / len(asked), len(questions))
+
+    opened = short(tmp_path, scorer=fading, validate_every=3)
+    events = [event for event in go(opened) if isinstance(event, Scored)]
+    assert [(event.step, event.best) for event in events] == [(3, 1.0), (6, 1.0), (8, 1.0)]
+    learned = opened.learned()
+    assert learned.manifest.metric == {"name": "accuracy", "value": 1.0, "n": len(opened.questions)}
+    assert learned.manifest.provenance["chosen_step"] == 3
+    assert learned.manifest.provenance["learning_rate"] == 0.05
+    again = short(tmp_path, scorer=fading, validate_every=3)
+    with again:
+        assert again.resume() == 8
+        assert list(again.events()) == []
+    assert again.learned().digest == learned.digest
+
+
+def test_a_finished_job_without_a_score_has_nothing_to_give(tmp_path: Path) -> None:
+    opened = short(tmp_path)
+    go(opened, 3)
+    with pytest.raises(TrainingError, match="not at its end"):
+        opened.learned()
+
+
+def test_the_curve_has_every_step_once(tmp_path: Path) -> None:
+    go(short(tmp_path), 5)
+    curve = tmp_path / "out" / "curve.jsonl"
+    with curve.open("a") as file:
+        file.write('{"step": 6, "loss": 9}\n{"step": 7, "lo')  # what a process leaves that dies before its checkpoint
+    go(short(tmp_path))
+    lines = [json.loads(line) for line in curve.read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
+    assert [line["step"] for line in lines if "value" in line] == [8]
+
+
+def another_backbone() -> OpenBackbone:
+    mine = backbone()
+    tensors = {name: tensor + 0.0 for name, tensor in mine.loaded.tensors.items()}
+    tensors[next(iter(tensors))] += 1.0
+    return replace(mine, loaded=LoadedBackbone(tiny.config(), tensors))
+
+
+def test_checkpoints_of_another_backbone_are_refused(tmp_path: Path) -> None:
+    go(short(tmp_path), 3)
+    other = Job(config(tmp_path, steps=SHORT), another_backbone(), any_score)
+    with pytest.raises(TrainingError, match="of another run: its backbone, task differ") as refused:
+        go(other)
+    assert "changed-recipe" not in refused.value.message
+    assert kept(tmp_path) == [2, 3]
+    go(short(tmp_path))  # the control: its own backbone
+
+
+def test_another_recipe_is_refused_unless_it_is_allowed(tmp_path: Path) -> None:
+    go(short(tmp_path), 3)
+    gentler = replace(SHORT, learning_rate=0.001)
+    with pytest.raises(TrainingError, match=r"its steps differ.*--changed-recipe"):
+        go(short(tmp_path, steps=gentler))
+    go(short(tmp_path, steps=gentler), changed_recipe=True)
+    assert kept(tmp_path)[-1] == 8
+
+
+def test_changed_data_are_refused(tmp_path: Path) -> None:
+    go(short(tmp_path), 3)
+    path = data(tmp_path)
+    path.write_text(path.read_text().replace("how many 1", "how many of 1"))
+    with pytest.raises(TrainingError, match="of another run: its data"):
+        go(short(tmp_path))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go(short(tmp_path), 3)
+    loss = run_module.label_smoothed_loss
+
+    def spoilt(logits: object, *arguments: object, **options: object) -> object:
+        return loss(logits * float("nan"), *arguments, **options)  # type: ignore[arg-type,operator]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module, "label_smoothed_loss", spoilt)
+        with pytest.raises(TrainingDiverged, match=r"the loss is not finite at step 4.*lower learning rate"):
+            go(short(tmp_path))
+    assert kept(tmp_path) == [2, 3]
+    go(short(tmp_path))
+    assert kept(tmp_path)[-1] == 8
+
+
+def test_a_corrupt_line_is_named_before_anything_is_learned(tmp_path: Path) -> None:
+    go(short(tmp_path), 3)
+    path = data(tmp_path)
+    good = path.read_text()
+    path.write_text(good + "{broken\n")
+    with pytest.raises(DataError, match=r"data\.jsonl, line 13"):
+        short(tmp_path)
+    assert kept(tmp_path) == [2, 3]
+    path.write_text(good)
+    go(short(tmp_path))
+
+
+def test_a_picture_that_is_spoilt_while_a_job_runs_is_named(tmp_path: Path) -> None:
+    opened = short(tmp_path)
+    for picture in tmp_path.glob("*.png"):
+        picture.write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"data\.jsonl, line \d+: the picture cannot be decoded"):
+        go(opened)
+
+
+def test_a_full_disk_ends_the_run_and_loses_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go(short(tmp_path), 3)
+    write = job_module.Checkpoints._write
+
+    def full(self: Checkpoints, *arguments: object) -> None:
+        self._disk.make_folder("unfinished-1")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(job_module.Checkpoints, "_write", full)
+        with pytest.raises(CheckpointNotWritten, match=r"step 4 cannot be written: the disk is full\. Make room"):
+            go(short(tmp_path))
+    assert job_module.Checkpoints._write is write
+    assert kept(tmp_path) == [2, 3]
+    go(short(tmp_path))
+    assert kept(tmp_path)[-1] == 8
+
+
+def test_a_job_has_one_process_at_a_time(tmp_path: Path) -> None:
+    with short(tmp_path), pytest.raises(TrainingError, match="Another process"), short(tmp_path):
+        pass
