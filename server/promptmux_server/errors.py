@@ -408,13 +408,14 @@ class TrainingDiverged(TrainingError):
 
     code = "training_diverged"
 
-    def __init__(self, run: str, step: int, what: str) -> None:
-        """`step` counts from 1; `what` is "loss" or "gradient"."""
+    def __init__(self, run: str, step: int, what: str, checkpoint: str | None = None) -> None:
+        """`step` counts from 1; `what` is "loss" or "gradient"; `checkpoint` names the last one that is good."""
+        kept = f"The last checkpoint, {checkpoint}, is from before it. " if checkpoint else ""
         super().__init__(
-            f"Run {run}: the {what} is not finite at step {step}. "
+            f"Run {run}: the {what} is not finite at step {step}. {kept}"
             "Go on from an earlier checkpoint with a lower learning rate, or check the data."
         )
-        self.run, self.step = run, step
+        self.run, self.step, self.what = run, step, what
 
 
 class RunHeld(TrainingError):

@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "pets.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = block("toml")
     assert STEPS in config
-    fewer = config.replace(STEPS, "\nsteps = 4\n") + "\n[run]\nvalidate_every = 4\n"
+    fewer = config.replace(STEPS, "\nsteps = 4\n") + "\n[run]\nvalidate_every = 4\n\n[machine]\nthreads = 1\n"
     (tmp_path / "pets.toml").write_text(fewer)
     return tmp_path
 
@@ -118,7 +118,7 @@ def test_an_interrupted_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatc
         ('kind = "answer"', 'kind = "box"', "pets.jsonl, line 1"),
         ('name = "pets"', 'name = "My Pets"', "There can be no such task: name must match"),
         ('output = "runs/pets"', 'output = "runs"\nbackbone = "nowhere"', "no backbone"),
-        ("[steps]", '[machine]\ndevice = "cuda:7"\n\n[steps]', "machine.device: there is no such device"),
+        ("[machine]", '[machine]\ndevice = "cuda:7"', "machine.device: there is no such device"),
     ],
 )
 def test_a_mistake_ends_with_one_message(folder: Path, before: str, after: str, said: str) -> None:

@@ -8,36 +8,17 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import tiny
-from promptmux_server.backbone.weights import write_backbone
+from cli.tiny_training import CONFIG, prepare
 from promptmux_server.cli import app
 from promptmux_server.cli.working import work
 from promptmux_server.jobs import JobTable
 from promptmux_server.training.checkpoint import Checkpoints
 from promptmux_server.training.run import Run
-from training.job_worker import data
-
-CONFIG = """\
-backbone = "tiny"
-output = "out"
-task = {name = "counting", kind = "answer"}
-prompt = {encoder_length = 4, decoder_length = 3}
-steps = {steps = 6}
-run = {rows = 3, validate_every = 3}
-machine = {threads = 1}
-
-[data]
-heldout = 0.3
-train = [{path = "data.jsonl"}]
-"""
 
 
 @pytest.fixture
 def table(tmp_path: Path) -> JobTable:
-    data(tmp_path)
-    write_backbone(tmp_path / "tiny", tiny.backbone())
-    tiny.tokenizer().save(tmp_path / "tiny")
-    (tmp_path / "job.toml").write_text(CONFIG)
+    prepare(tmp_path)
     return JobTable(tmp_path / "state" / "jobs.sqlite")
 
 

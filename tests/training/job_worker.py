@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ import tiny
 from promptmux_prompts import Prompt
 from promptmux_server.training.data.source import SourceConfig
 from promptmux_server.training.data.task_data import DataConfig
-from promptmux_server.training.job import Job
-from promptmux_server.training.job_config import JobConfig, RunConfig, TaskConfig
+from promptmux_server.training.job import Job, Learned
+from promptmux_server.training.job_config import JobConfig, MethodConfig, RunConfig, TaskConfig
 from promptmux_server.training.metrics import Score
 from promptmux_server.training.recipe import PromptRecipe, StepRecipe
-from promptmux_server.training.validation import OpenBackbone, Question, Scorer
+from promptmux_server.training.validation import Exam, OpenBackbone, Scorer
 from training.data.data_files import pictures, write_jsonl
 
 STEPS = 24
@@ -31,9 +31,9 @@ STEPS = 24
 
 def data(folder: Path, count: int = 12) -> Path:
     """A file of questions about pictures, beside them."""
-    pictures(folder, count)
     path = folder / "data.jsonl"
     if not path.exists():
+        pictures(folder, count)
         lines = [
             {"image": f"{i}.png", "text": f"how many {i % 3}", "answer": "one" if i % 2 else "two"}
             for i in range(count)
@@ -42,7 +42,9 @@ def data(folder: Path, count: int = 12) -> Path:
     return path
 
 
-def config(folder: Path, *, steps: StepRecipe | None = None, **run: Any) -> JobConfig:
+def config(
+    folder: Path, *, steps: StepRecipe | None = None, method: MethodConfig | None = None, **run: Any
+) -> JobConfig:
     """The job over `data` of the folder; its output lies in `out` there."""
     rhythm: dict[str, Any] = {"rows": 3, "validate_every": 8, "checkpoint_every": 2, **run}
     recipe = {"steps": STEPS, "learning_rate": 0.05, "average_decay": 0.9, "accumulation": 2}
@@ -51,6 +53,7 @@ def config(folder: Path, *, steps: StepRecipe | None = None, **run: Any) -> JobC
         cache=folder / "cache",
         task=TaskConfig(name="counting", kind="answer"),
         data=DataConfig(train=[SourceConfig(path=data(folder))], heldout=0.3),
+        method=method or MethodConfig(),
         prompt=PromptRecipe(encoder_length=4, decoder_length=3),
         steps=steps or StepRecipe(**recipe),
         run=RunConfig(**rhythm),
@@ -61,16 +64,16 @@ def backbone() -> OpenBackbone:
     return OpenBackbone(tiny.backbone(), tiny.model(), tiny.tokenizer())
 
 
-def any_score(backbone: OpenBackbone, prompt: Prompt, questions: Sequence[Question]) -> Score:
+def any_score(backbone: OpenBackbone, prompt: Prompt, exam: Exam) -> Score:
     """A number that every bit of a prompt decides."""
-    return Score("any", int(prompt.digest[:8], 16) / 2**32, len(questions))
+    return Score("any", int(prompt.digest[:8], 16) / 2**32, len(exam.questions))
 
 
 def job(folder: Path, scorer: Scorer = any_score, **changes: Any) -> Job:
     return Job(config(folder, **changes), backbone(), scorer)
 
 
-def run_to_the_end(folder: Path, **changes: Any) -> Prompt:
+def run_to_the_end(folder: Path, **changes: Any) -> Learned:
     """Begin or go on; a line of `steps.log` for every step."""
     with job(folder, **changes) as opened, (folder / "steps.log").open("a", buffering=1) as log:
         opened.resume()
@@ -147,7 +150,9 @@ def serve() -> None:
 def _work(folder: Path) -> None:
     status = 1
     try:
-        (folder / "digest").write_text(run_to_the_end(folder).digest)
+        learned = run_to_the_end(folder)
+        assert isinstance(learned, Prompt)
+        (folder / "digest").write_text(learned.digest)
         status = 0
     except BaseException:
         traceback.print_exc()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from promptmux_server.training.checkpoint import Checkpoints
 from promptmux_server.training.job import Event, Job, Scored, Stopped
 from promptmux_server.training.metrics import Score
 from promptmux_server.training.recipe import StepRecipe
-from promptmux_server.training.validation import OpenBackbone, Question
+from promptmux_server.training.validation import Exam, OpenBackbone
 from training.job_worker import any_score, backbone, config, data, job
 
 SHORT = StepRecipe(steps=8, learning_rate=0.05)
@@ -55,15 +54,15 @@ def test_a_stopped_job_keeps_where_it_stands_and_goes_on_to_the_same_prompt(tmp_
 def test_the_prompt_of_the_best_score_is_what_was_learned(tmp_path: Path) -> None:
     asked: list[str] = []
 
-    def fading(backbone: OpenBackbone, prompt: Prompt, questions: Sequence[Question]) -> Score:
+    def fading(backbone: OpenBackbone, prompt: Prompt, exam: Exam) -> Score:
         asked.append(prompt.digest)
-        return Score("any", 1.0 / len(asked), len(questions))
+        return Score("any", 1.0 / len(asked), len(exam.questions))
 
     opened = short(tmp_path, scorer=fading, validate_every=3)
     events = [event for event in go(opened) if isinstance(event, Scored)]
     assert [(event.step, event.best) for event in events] == [(3, 1.0), (6, 1.0), (8, 1.0)]
     learned = opened.learned()
-    assert learned.manifest.metric == {"name": "accuracy", "value": 1.0, "n": len(opened.questions)}
+    assert learned.manifest.metric == {"name": "accuracy", "value": 1.0, "n": len(opened.exam.questions)}
     assert learned.manifest.provenance["chosen_step"] == 3
     assert learned.manifest.provenance["learning_rate"] == 0.05
     again = short(tmp_path, scorer=fading, validate_every=3)
@@ -125,6 +124,24 @@ def test_changed_data_are_refused(tmp_path: Path) -> None:
         go(short(tmp_path))
 
 
+def test_changed_pictures_are_refused(tmp_path: Path) -> None:
+    go(short(tmp_path), 3)
+    picture = tmp_path / "7.png"
+    good, state = picture.read_bytes(), picture.stat()
+    for spoilt in (good[:60] + bytes([good[60] ^ 1]) + good[61:], good + b"more"):
+        picture.write_bytes(spoilt)
+        os.utime(picture, ns=(state.st_atime_ns, state.st_mtime_ns))
+        with pytest.raises(TrainingError, match="of another run: its pictures differ"):
+            go(short(tmp_path))
+    picture.unlink()
+    with pytest.raises(DataError, match=r"data\.jsonl, line 8: there is no such picture"):
+        short(tmp_path)
+    assert kept(tmp_path) == [2, 3]
+    picture.write_bytes(good)  # with another time, as a copy has
+    go(short(tmp_path))
+    assert kept(tmp_path)[-1] == 8
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_and_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,7 +153,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_no_checkpoint(
 
     with monkeypatch.context() as patched:
         patched.setattr(run_module, "label_smoothed_loss", spoilt)
-        with pytest.raises(TrainingDiverged, match=r"the loss is not finite at step 4.*lower learning rate"):
+        with pytest.raises(TrainingDiverged, match=r"not finite at step 4.*000002-step-3.*lower learning"):
             go(short(tmp_path))
     assert kept(tmp_path) == [2, 3]
     go(short(tmp_path))

@@ -1,4 +1,4 @@
-"""`promptmux train`: one job from its configuration to a prompt file, and into a server if it is better.
+"""`promptmux train`: one job from its configuration to a file of what it learned, and a prompt into a server.
 
 A signal ends it behind the step under way, with a checkpoint; the same command goes on from there.
 """
@@ -6,7 +6,7 @@ A signal ends it behind the step under way, with a checkpoint; the same command 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,10 +15,10 @@ from promptmux_server.cli.output import DEFAULT_URL, JsonOption, UrlOption, fail
 from promptmux_server.cli.signals import asked_to_stop
 
 if TYPE_CHECKING:
-    from promptmux_prompts import Prompt
     from promptmux_server.cli.publish_gate import Verdict
+    from promptmux_server.cli.training_scores import Kept
     from promptmux_server.jobs import JobTable
-    from promptmux_server.training.job import Job
+    from promptmux_server.training.job import Job, Learned
 
 STOPPED = 130
 """Exit status of a run that was asked to stop."""
@@ -46,12 +46,14 @@ def train(
 ) -> None:
     """Learn a prompt for a task from your own data, score it as it would be served, and write the prompt file.
 
+    With [method] it trains weights of the backbone instead, as a baseline to compare prompts with.
+
     Ctrl-C keeps a checkpoint; the same command goes on from the last one.
     """
     import torch
 
     from promptmux_server.cli.machine import usable_cores
-    from promptmux_server.cli.training_scores import keep_prompt, score_served
+    from promptmux_server.cli.training_scores import keep_learned, score_served
     from promptmux_server.errors import PromptmuxError
     from promptmux_server.pocket import WEIGHTS
     from promptmux_server.training.curve import write_durably
@@ -61,6 +63,8 @@ def train(
 
     try:
         job_config, written = read_job(config)
+        if push and job_config.method.name != "prompt":
+            fail(f"only prompts are published, and {job_config.method.name} trains weights: leave --push out.")
         if queue:
             _queue(config, written, job_table(state), priority)
             return
@@ -70,11 +74,11 @@ def train(
             begun = job.resume(changed_recipe=changed_recipe)
             write_durably(job_config.output / "config.toml", written)
             _run(job, begun)
-            path, prompt = keep_prompt(job)
-            verdict = _push(job, prompt, url) if push else None
+            kept = keep_learned(job)
+            verdict = _push(job, kept.learned, url) if push else None
     except PromptmuxError as error:
         fail(error.message)
-    _report(path, prompt, verdict, as_json=as_json)
+    _report(kept, verdict, as_json=as_json)
 
 
 def _queue(config: Path, written: bytes, table: JobTable, priority: int) -> None:
@@ -87,11 +91,14 @@ def _run(job: Job, begun: int) -> None:
     """Learn from step `begun` to the end, or leave the command where a signal came before."""
     from promptmux_server.cli.training_progress import showing
     from promptmux_server.training.job import Stopped
+    from promptmux_server.training.methods import trainable
 
-    name = job.config.task.name
+    name, numbers = job.config.task.name, trainable(job.method)
+    whole = sum(tensor.numel() for tensor in job.backbone.model.parameters())
     left_out = f", {job.data.skipped} lines left out" if job.data.skipped else ""
     typer.echo(
-        f"{name}: {job.data.train.epoch_samples} samples to learn from, {len(job.questions)} to be scored on{left_out}"
+        f"{name}: {job.data.train.epoch_samples} samples to learn from, {len(job.exam.questions)} to be scored on"
+        f"{left_out}; {job.config.method.name} trains {numbers:,} numbers ({numbers / whole:.2%} of the backbone)"
         + (f"; goes on from step {begun}" if begun else ""),
         err=True,
     )
@@ -105,30 +112,33 @@ def _run(job: Job, begun: int) -> None:
         raise typer.Exit(STOPPED)
 
 
-def _push(job: Job, prompt: Prompt, url: str) -> Verdict:
-    from promptmux_prompts import write_prompt
+def _push(job: Job, prompt: Learned, url: str) -> Verdict:
+    from promptmux_prompts import Prompt, write_prompt
     from promptmux_server.cli.publish_gate import publish_if_better
     from promptmux_server.cli.training_scores import score_served
 
+    assert isinstance(prompt, Prompt)
     return publish_if_better(
         url,
         job.config.publish.name or prompt.manifest.name,
         prompt,
         write_prompt(prompt),
-        lambda other: score_served(job.backbone, other, job.questions).value,
+        lambda other: score_served(job.backbone, other, job.exam).value,
         margin=job.config.publish.margin,
         shape=job.backbone.loaded.prompt_shape,
     )
 
 
-def _report(path: Path, prompt: Prompt, verdict: Verdict | None, *, as_json: bool) -> None:
-    metric: Any = prompt.manifest.metric
-    step = prompt.manifest.provenance["chosen_step"]
+def _report(kept: Kept, verdict: Verdict | None, *, as_json: bool) -> None:
+    told = kept.told()
     if as_json:
-        found = None if verdict is None else {**vars(verdict)}
-        print_json({"file": str(path), "sha256": prompt.digest, "metric": metric, "step": step, "push": found})
+        print_json({**told, "push": None if verdict is None else {**vars(verdict)}})
         return
-    typer.echo(f"{path}: {metric['name']} {metric['value']:.4f} on {metric['n']} held-out samples, step {step}")
+    metric = told["metric"]
+    typer.echo(
+        f"{kept.path}: {metric['name']} {metric['value']:.4f} on {metric['n']} held-out samples, step {told['step']}, "
+        f"{told['trainable']:,} numbers trained"
+    )
     if verdict is not None:
         did = f"published as version {verdict.version}" if verdict.published else "not published, the file is kept"
         typer.echo(f"{did}: {verdict.reason}")

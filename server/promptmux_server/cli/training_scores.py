@@ -1,4 +1,4 @@
-"""A prompt under training, asked as the server would ask it: its score on held-out samples, and its canaries.
+"""What is under training, asked as the server would ask it: its score on held-out samples, and a prompt's canaries.
 
 Lives here because training knows no engine, and the engine no training.
 """
@@ -6,12 +6,15 @@ Lives here because training knows no engine, and the engine no training.
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from PIL import Image
 
@@ -23,10 +26,12 @@ from promptmux_server.engine.options import EngineOptions
 from promptmux_server.engine.rehearsal import record_canaries
 from promptmux_server.engine.request import Answer, Request
 from promptmux_server.errors import NoBoxFound
+from promptmux_server.tasks import Output
 from promptmux_server.training.curve import write_durably
-from promptmux_server.training.job import Job
-from promptmux_server.training.metrics import METRICS, Score, worth
-from promptmux_server.training.validation import OpenBackbone, Question
+from promptmux_server.training.job import Job, Learned
+from promptmux_server.training.metrics import Score, score_of
+from promptmux_server.training.validation import Exam, OpenBackbone, Question
+from promptmux_server.training.weights_delta import WeightsDelta, write_delta
 
 WAITING = 64
 """Requests submitted before the first answer is awaited: so many pictures are in memory."""
@@ -38,19 +43,19 @@ OTHER_HEADER_BYTES = 4096
 """Of the header, what is not manifest: names, shapes and offsets of tensors."""
 
 
-def score_served(backbone: OpenBackbone, prompt: Prompt, questions: Sequence[Question]) -> Score:
+def score_served(backbone: OpenBackbone, prompt: Prompt, exam: Exam) -> Score:
     """Answers by an engine over this prompt alone; each shares no product with another, so load changes nothing."""
     manifest, fingerprint = prompt.manifest, backbone.loaded.fingerprint
     options = EngineOptions(queue_size=2 * WAITING)
-    total = 0.0
+    outputs: list[Output | None] = []
     with TemporaryDirectory(prefix="promptmux-") as folder:
         Path(folder, f"{manifest.name}.safetensors").write_bytes(write_prompt(prompt))
         with engine_over(Path(folder), backbone.model, backbone.tokenizer, fingerprint, options) as engine:
-            for start in range(0, len(questions), WAITING):
-                asked = [(q, engine.submit(_request(manifest.name, q))) for q in questions[start : start + WAITING]]
-                for question, future in asked:
-                    total += _worth(prompt, question, future)
-    return Score(METRICS[manifest.kind], total / len(questions), len(questions))
+            for start in range(0, len(exam.questions), WAITING):
+                asked = exam.questions[start : start + WAITING]
+                answers = [engine.submit(_request(manifest.name, question)) for question in asked]
+                outputs += [_output(answer) for answer in answers]
+    return score_of(exam.metric, outputs, [question.sample for question in exam.questions], manifest.labels)
 
 
 def _request(task: str, question: Question) -> Request:
@@ -66,13 +71,12 @@ def _request(task: str, question: Question) -> Request:
     )
 
 
-def _worth(prompt: Prompt, question: Question, future: Future[Answer]) -> float:
-    manifest = prompt.manifest
+def _output(future: Future[Answer]) -> Output | None:
+    """None: the model wrote something that is no answer."""
     try:
-        output = future.result().output
+        return future.result().output  # type: ignore[return-value]  # the engine knows no kinds of output
     except NoBoxFound:
-        output = None
-    return worth(manifest.kind, output, question.sample, manifest.labels)  # type: ignore[arg-type]
+        return None
 
 
 def with_canaries(backbone: OpenBackbone, prompt: Prompt, questions: Sequence[Question]) -> Prompt:
@@ -86,12 +90,34 @@ def with_canaries(backbone: OpenBackbone, prompt: Prompt, questions: Sequence[Qu
     return prompt
 
 
-def keep_prompt(job: Job) -> tuple[Path, Prompt]:
-    """Write the prompt file that a job at its end has learned, and say where."""
-    prompt = with_canaries(job.backbone, job.learned(), job.questions)
-    path = job.config.output / f"{prompt.manifest.name}.safetensors"
-    write_durably(path, write_prompt(prompt))
-    return path, prompt
+@dataclass(frozen=True)
+class Kept:
+    """What a job at its end has learned, and the file that holds it."""
+
+    path: Path
+    learned: Learned
+    sha256: str
+    """Of a prompt's content, by which it is served, or of the file of trained weights."""
+
+    def told(self) -> dict[str, Any]:
+        """The same for programs."""
+        manifest = self.learned.manifest
+        said = {key: manifest.provenance[key] for key in ("method", "trainable")}
+        step = manifest.provenance["chosen_step"]
+        return {"file": str(self.path), "sha256": self.sha256, "metric": manifest.metric, "step": step, **said}
+
+
+def keep_learned(job: Job) -> Kept:
+    """Write a prompt file, or a file of trained weights that says its method in its name."""
+    learned, name = job.learned(), job.config.task.name
+    if isinstance(learned, WeightsDelta):
+        path, data = job.config.output / f"{name}.{learned.method}.safetensors", write_delta(learned)
+        sha256 = hashlib.sha256(data).hexdigest()
+    else:
+        learned = with_canaries(job.backbone, learned, job.exam.questions)
+        path, data, sha256 = job.config.output / f"{name}.safetensors", write_prompt(learned), learned.digest
+    write_durably(path, data)
+    return Kept(path, learned, sha256)
 
 
 def _canary_input(question: Question) -> dict[str, str]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from promptmux_server.cli.machine import usable_cores
-from promptmux_server.cli.training_scores import keep_prompt, score_served
+from promptmux_server.cli.training_scores import keep_learned, score_served
 from promptmux_server.errors import LeaseLost, PromptmuxError, RunHeld
 from promptmux_server.jobs import Claim, JobTable
 from promptmux_server.pocket import WEIGHTS
@@ -120,8 +120,7 @@ def _run(table: JobTable, claim: Claim, stop: Stop) -> dict[str, Any] | None:
             if isinstance(event, Stopped):
                 return None
             tell(event)
-        path, prompt = keep_prompt(job)
-    return {"file": str(path), "sha256": prompt.digest, "metric": prompt.manifest.metric}
+        return keep_learned(job).told()
 
 
 def _teller(table: JobTable, claim: Claim) -> Callable[[Event], None]:

@@ -9,7 +9,7 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -20,6 +20,8 @@ from promptmux_prompts import Kind
 from promptmux_server.errors import TrainingConfigError
 from promptmux_server.training.data.source import SourceConfig
 from promptmux_server.training.data.task_data import DataConfig
+from promptmux_server.training.methods.weights import WeightsMethod
+from promptmux_server.training.metrics import CaptionMetric
 from promptmux_server.training.recipe import ComputeRecipe, PromptRecipe, StepRecipe
 
 Count = Annotated[int, Field(ge=1)]
@@ -42,6 +44,15 @@ class TaskConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """What learns: deep prompts, or as a baseline to compare them with, weights of the backbone."""
+
+    name: Literal["prompt", WeightsMethod] = "prompt"
+    width: Count | None = None
+    """Of an adapter's bottleneck; None: 100, as released."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BeginConfig:
     """What the prompt is before the first step."""
 
@@ -59,6 +70,8 @@ class RunConfig:
     """Steps; None: a tenth of all. The last step is always scored."""
     validation_samples: Count = 500
     """At most so many of the samples that are held out, spread evenly over them."""
+    metric: CaptionMetric | None = None
+    """Of a caption task; None: cider, or word_f1 where all pictures have the same references."""
     checkpoint_every: Count = 100
     """Steps; a step that was scored is kept too."""
     keep_checkpoints: Count = 2
@@ -98,6 +111,7 @@ class JobConfig(BaseModel):
     """Folder for indices and pictures that were seen, which jobs may share; None: within `output`."""
     task: TaskConfig
     data: DataConfig
+    method: MethodConfig = MethodConfig()
     prompt: PromptRecipe = PromptRecipe()
     begin: BeginConfig = BeginConfig()
     steps: StepRecipe
@@ -131,7 +145,8 @@ def read_job(path: Path) -> tuple[JobConfig, bytes]:
 def parse_job(text: str, name: str, folder: Path) -> JobConfig:
     """A job from a file's text; `name` is for messages, `folder` is where relative paths start."""
     try:
-        document = json.dumps(tomllib.loads(text), allow_nan=False)
+        written = tomllib.loads(text)
+        document = json.dumps(written, allow_nan=False)
     except tomllib.TOMLDecodeError as error:
         raise TrainingConfigError(f"{name} is not TOML: {error}.") from error
     except (TypeError, ValueError) as error:
@@ -140,6 +155,8 @@ def parse_job(text: str, name: str, folder: Path) -> JobConfig:
         config = JobConfig.model_validate_json(document)
     except ValidationError as error:
         _refuse(error, text, name)
+    for place, reason in _conflicts(config, written):
+        raise TrainingConfigError(_said(text, name, place, reason))
     return _placed(config, folder)
 
 
@@ -182,15 +199,47 @@ def _refuse(error: ValidationError, text: str, name: str) -> NoReturn:
                 reason = str(mistake["ctx"]["error"])
             case _:
                 reason = mistake["msg"][:1].lower() + mistake["msg"][1:]
-        line = _line_of(text, place)
-        where = f"{name}, line {line}" if line else name
-        said.append(f"{where}: {'.'.join(place)}: {reason}.")
+        said.append(_said(text, name, place, reason))
     raise TrainingConfigError("\n".join(said)) from error
 
+
+def _said(text: str, name: str, place: Sequence[str], reason: str) -> str:
+    line = _line_of(text, place)
+    where = f"{name}, line {line}" if line else name
+    return f"{where}: {'.'.join(place)}: {reason}."
+
+
+def _conflicts(config: JobConfig, written: Mapping[str, Any]) -> Iterator[tuple[Sequence[str], str]]:
+    """What does not go together, each with its place; `written` is the file as it stands, without defaults."""
+    method = config.method
+    if method.width is not None and method.name != "adapter":
+        yield ["method", "width"], "is of adapters alone"
+    if config.run.metric is not None and config.task.kind != "caption":
+        yield ["run", "metric"], "only captions have a choice of metrics"
+    if method.name == "prompt":
+        return
+    for section in ("prompt", "begin"):
+        if section in written:
+            yield [section], f"has no meaning for {method.name}, which learns no prompt"
+    if "learning_rate" not in written["steps"]:
+        usual = USUAL_RATES[method.name]
+        yield ["steps", "learning_rate"], f"is missing: the default is for prompts; the released {usual}"
+    if config.machine.dtype == "bfloat16":
+        yield ["machine", "dtype"], f"{method.name} trains weights in float32: let compute.autocast round instead"
+
+
+USUAL_RATES: Mapping[str, str] = {
+    "bitfit": "script tries 5e-5 and 1e-4",
+    "bitfit-full": "script of bitfit tries 5e-5 and 1e-4",
+    "adapter": "script tries 5e-5 and 1e-4",
+    "finetune": "scripts take 1e-5 to 5e-5",
+}
+"""ofa-spec 5 and 9.6."""
 
 SECTIONS: Mapping[str, type] = {
     "task": TaskConfig,
     "data": DataConfig,
+    "method": MethodConfig,
     "prompt": PromptRecipe,
     "begin": BeginConfig,
     "steps": StepRecipe,

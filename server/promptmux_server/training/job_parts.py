@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from promptmux_server.training.data.manifests import bare_manifest, labels_for
 from promptmux_server.training.data.source import distinct_targets, open_source
 from promptmux_server.training.initial import text_table
 from promptmux_server.training.job_config import JobConfig
-from promptmux_server.training.methods import DeepPrompts
+from promptmux_server.training.methods import DeepPrompts, Method, weights_method
 from promptmux_server.training.methods.prompts import FROM_NOISE, Begin
 from promptmux_server.training.recipe import RecipeError
 from promptmux_server.training.validation import OpenBackbone
@@ -37,7 +36,10 @@ def open_backbone(config: JobConfig, pocket: Path) -> OpenBackbone:
     machine = config.machine
     device = ("cuda" if torch.cuda.is_available() else "cpu") if machine.device == "auto" else machine.device
     try:
-        dtype = serving_dtype(device) if machine.dtype == "auto" else getattr(torch, machine.dtype)
+        if config.method.name != "prompt":
+            dtype = torch.float32  # what its weights learn in
+        else:
+            dtype = serving_dtype(device) if machine.dtype == "auto" else getattr(torch, machine.dtype)
         model = assemble(loaded, dtype=dtype, device=device)
     except (RuntimeError, AssertionError) as error:  # what torch raises for a device that it was not built for
         raise TrainingConfigError("machine.device: there is no such device, or it has no room: try cpu.") from error
@@ -45,11 +47,12 @@ def open_backbone(config: JobConfig, pocket: Path) -> OpenBackbone:
 
 
 def task_spec(config: JobConfig, backbone: OpenBackbone) -> TaskSpec:
-    """The task with the lengths of its prompt; labels that are not named are those of the data.
+    """The task with the lengths of its prompt, if it learns one; labels that are not named are those of the data.
 
     Raises TrainingConfigError, DataError.
     """
-    task, prompt = config.task, config.prompt
+    task = config.task
+    lengths = config.prompt if config.method.name == "prompt" else None
     labels = None
     if task.kind == "label":
         labels = labels_for(task.answers or _labels_found(config))
@@ -66,8 +69,8 @@ def task_spec(config: JobConfig, backbone: OpenBackbone) -> TaskSpec:
         manifest = replace(
             manifest,
             decoding=dict(task.decoding),
-            encoder_length=prompt.encoder_length,
-            decoder_length=prompt.decoder_length,
+            encoder_length=lengths.encoder_length if lengths else 0,
+            decoder_length=lengths.decoder_length if lengths else 0,
         )
         return TaskSpec.from_manifest(manifest, backbone.loaded.config)
     except InvalidPromptFile as error:
@@ -85,8 +88,18 @@ def _labels_found(config: JobConfig) -> list[str]:
     return list(found)
 
 
-def deep_prompts(config: JobConfig, backbone: OpenBackbone) -> DeepPrompts:
+def method_of(config: JobConfig, backbone: OpenBackbone) -> Method:
     """What learns, at its beginning; raises TrainingConfigError."""
+    method = config.method
+    if method.name == "prompt":
+        return _deep_prompts(config, backbone)
+    try:
+        return weights_method(method.name, backbone.loaded, backbone.model, seed=config.steps.seed, width=method.width)
+    except ValueError as error:
+        raise TrainingConfigError(f"method.name: {error}.") from error
+
+
+def _deep_prompts(config: JobConfig, backbone: OpenBackbone) -> DeepPrompts:
     begin, text = FROM_NOISE, config.begin.text
     if text is not None:
         source = (BOS, *backbone.tokenizer.encode(text), EOS)
@@ -98,12 +111,8 @@ def deep_prompts(config: JobConfig, backbone: OpenBackbone) -> DeepPrompts:
 
 
 def prompt_of(manifest: Manifest, tensors: Mapping[str, Tensor]) -> Prompt:
-    """A prompt file's content from what `DeepPrompts.saved` gives."""
+    """A prompt file's content from what `DeepPrompts.saved` gives; a manifest of length 0 takes none of it."""
     parts = ("encoder.prefix.key", "encoder.prefix.value", "decoder.prefix.key", "decoder.prefix.value")
+    if manifest.encoder_length == manifest.decoder_length == 0:
+        tensors = dict.fromkeys(parts, torch.empty(0, 0, 0, 0))
     return Prompt.build(manifest, *(tensors[part].detach().cpu() for part in parts))
-
-
-def described(prompt: Prompt, **changes: Any) -> Prompt:
-    """The prompt with other keys of its manifest."""
-    sides = (prompt.encoder_key, prompt.encoder_value, prompt.decoder_key, prompt.decoder_value)
-    return Prompt.build(replace(prompt.manifest, **changes), *sides)

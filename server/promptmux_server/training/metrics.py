@@ -1,24 +1,31 @@
-"""How far an answer is right: a number from 0 to 1 by the task's kind (ofa-spec 9.5), whoever gave the answer.
+"""How far answers are right, by the metric of a task's kind (ofa-spec 9.5), whoever gave them.
 
-Captions are compared by their words, which needs no list of synonyms: good for choosing between steps of a run, not for
-a paper's table.
+Most metrics are means of what each answer is worth, a number from 0 to 1; CIDEr asks how captions differ between
+pictures, so it knows only all of them together. Nothing here is read from a file.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from promptmux_prompts import Kind
-from promptmux_server.tasks import BoxOutput, LabelOutput, Output
+from promptmux_server.tasks import BoxOutput, CaptionOutput, LabelOutput, Output
 from promptmux_server.tasks.boxes import Box
+from promptmux_server.training.cider import cider_d
+from promptmux_server.training.data.ofa_tsv import caption_words
 from promptmux_server.training.data.sample import Sample
 
 ENOUGH_OVERLAP = 0.5
 
-METRICS: Mapping[Kind, str] = {
-    "caption": "word_f1",
+Metric = Literal["cider", "word_f1", "accuracy", "acc@0.5", "exact"]
+CaptionMetric = Literal["cider", "word_f1"]
+
+METRICS: Mapping[Kind, Metric] = {
+    "caption": "cider",
     "answer": "accuracy",
     "label": "accuracy",
     "box": "acc@0.5",
@@ -28,15 +35,34 @@ METRICS: Mapping[Kind, str] = {
 
 @dataclass(frozen=True)
 class Score:
-    """The mean of a metric over `n` samples."""
+    """A metric over `n` samples."""
 
     metric: str
     value: float
     n: int
 
 
-def worth(kind: Kind, output: Output | None, sample: Sample, labels: Mapping[str, str] | None = None) -> float:
-    """What one answer is worth; None stands for an answer that could not be read. `labels` are the manifest's."""
+def metric_for(kind: Kind, samples: Sequence[Sample]) -> Metric:
+    """The kind's metric; for captions that one cannot tell apart, since all have the same references, word F1."""
+    if kind == "caption" and len({frozenset(right_texts(sample)) for sample in samples}) == 1:
+        return "word_f1"
+    return METRICS[kind]
+
+
+def score_of(
+    metric: Metric, outputs: Sequence[Output | None], samples: Sequence[Sample], labels: Mapping[str, str] | None = None
+) -> Score:
+    """The score of answers to samples; None: one that could not be read. `labels` are the manifest's."""
+    if metric == "cider":
+        said = [caption_words(output.text) if isinstance(output, CaptionOutput) else [] for output in outputs]
+        values = cider_d(said, [[caption_words(text) for text in right_texts(sample)] for sample in samples])
+    else:
+        values = [worth(metric, output, sample, labels) for output, sample in zip(outputs, samples, strict=True)]
+    return Score(metric, math.fsum(values) / len(values), len(values))
+
+
+def worth(metric: Metric, output: Output | None, sample: Sample, labels: Mapping[str, str] | None = None) -> float:
+    """What one answer is worth by any metric but CIDEr."""
     if output is None:
         return 0.0
     if isinstance(output, BoxOutput):
@@ -45,15 +71,20 @@ def worth(kind: Kind, output: Output | None, sample: Sample, labels: Mapping[str
     target = str(sample.target)
     if isinstance(output, LabelOutput):
         return float(output.label == (labels or {}).get(target, target))
-    right = sample.references or {target: 1.0}
-    if kind == "caption":
+    right = right_texts(sample)
+    if metric == "word_f1":
         return max(word_f1(output.text, text) for text in right)
     return right.get(output.text.strip(), 0.0)
 
 
+def right_texts(sample: Sample) -> Mapping[str, float]:
+    """All texts that count as right, with what each is worth."""
+    return sample.references or {str(sample.target): 1.0}
+
+
 def word_f1(said: str, wanted: str) -> float:
     """Harmonic mean of precision and recall of words, each as often as it comes."""
-    one, other = Counter(said.lower().split()), Counter(wanted.lower().split())
+    one, other = Counter(caption_words(said)), Counter(caption_words(wanted))
     shared = (one & other).total()
     return 2 * shared / (one.total() + other.total()) if shared else 0.0
 

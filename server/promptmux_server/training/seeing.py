@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from promptmux_server.backbone.encoder import ImageTokens
 from promptmux_server.backbone.image_key import ImageKey
@@ -20,6 +21,16 @@ from promptmux_server.tasks import TaskSpec
 from promptmux_server.training.data.pictures import Picture, decoded
 from promptmux_server.training.feature_cache import FeatureCache
 from promptmux_server.training.feature_segment import SeenPicture
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedPicture:
+    """A picture as a stem reads it that is still to see it, and its size as it is stored, in pixels."""
+
+    image: Tensor  # (3, S, S'), normalised
+    width: int
+    height: int
+
 
 Change = Callable[[DecodedImage, int], DecodedImage]
 """An augmentation: another picture of the same content, decided by the sample's number. Boxes must still fit."""
@@ -86,3 +97,16 @@ class Stem:
         shown = image if self._change is None else self._change(image, number)
         pixels = preprocess(shown, how.size, how.mean, how.std)
         return SeenPicture(self._model.image_tokens(pixels[None])[0], image.width, image.height)
+
+
+class Pixels:
+    """Pictures for a stem that learns: what it says of them changes with every step, so nothing is seen or kept."""
+
+    def __init__(self, preparation: Preparation, *, limits: ImageLimits | None = None) -> None:
+        self._preparation, self._limits = preparation, limits or ImageLimits()
+
+    def see(self, picture: Picture, number: int) -> PreparedPicture:
+        """The pixels of sample `number`'s picture; raises UnreadablePicture."""
+        how = self._preparation
+        image = decoded(picture.read(self._limits), self._limits)
+        return PreparedPicture(preprocess(image, how.size, how.mean, how.std), image.width, image.height)

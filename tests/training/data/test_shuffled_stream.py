@@ -55,7 +55,7 @@ def stream(folder: Path, counts: tuple[int, ...], seed: int = 1, weights: tuple[
     sources = []
     for index, count in enumerate(counts):
         source = opened(numbered(folder, count, f"{index}.jsonl"), "text")
-        sources.append(Rows(source, np.arange(count, dtype=np.uint32)))
+        sources.append(Rows(source, np.arange(count, dtype=np.uint32), np.zeros(count, np.uint32)))
     return Stream(sources, seed, weights)
 
 

@@ -10,14 +10,23 @@ from promptmux_server.training.data.sample import Defect, Sample
 from promptmux_server.training.data.stream import Stream
 from promptmux_server.training.feature_segment import SeenPicture
 from promptmux_server.training.forward import Example
-from promptmux_server.training.seeing import Stem
+from promptmux_server.training.seeing import Pixels, PreparedPicture, Stem
+
+Viewed = SeenPicture | PreparedPicture
 
 
 class FileBatches:
     """`training.batch.Batches` of a stream: `rows` samples a batch, or this worker's share of them."""
 
     def __init__(
-        self, stream: Stream, encoder: SampleEncoder, stem: Stem, rows: int, *, worker: int = 0, workers: int = 1
+        self,
+        stream: Stream,
+        encoder: SampleEncoder,
+        stem: Stem | Pixels,
+        rows: int,
+        *,
+        worker: int = 0,
+        workers: int = 1,
     ) -> None:
         """Of several workers each takes every so-manieth sample; their cursors are the same."""
         self._stream, self._encoder, self._stem = stream, encoder, stem
@@ -35,7 +44,7 @@ class FileBatches:
             examples.append(self._example(sample, number, len(seen) - 1, picture))
         return TrainingBatch(examples, seen, self._encoder.answers), self._stream.cursor(start + self._rows)
 
-    def _see(self, sample: Sample, number: int) -> SeenPicture | None:
+    def _see(self, sample: Sample, number: int) -> Viewed | None:
         if sample.picture is None:
             return None
         try:
@@ -44,7 +53,7 @@ class FileBatches:
             place = self._stream.where(number, sample.entry)
             raise DataError(f"{place}: {error}. `promptmux data check --pictures` finds all such lines.") from error
 
-    def _example(self, sample: Sample, number: int, image: int, picture: SeenPicture | None) -> Example:
+    def _example(self, sample: Sample, number: int, image: int, picture: Viewed | None) -> Example:
         try:
             if picture is None:
                 return self._encoder.example(sample)

@@ -21,15 +21,17 @@ from promptmux_server.errors import DataError
 from promptmux_server.training.data.coco_joins import CocoEntries, Joined, joined
 from promptmux_server.training.data.fields import best_of, corners_of, text_of
 from promptmux_server.training.data.jsonl import JsonLines
-from promptmux_server.training.data.ofa_tsv import caption_target
+from promptmux_server.training.data.ofa_tsv import caption_target, without_punctuation
 from promptmux_server.training.data.sample import Defect, Sample
 
-FORMAT = 1
+FORMAT = 2
 """Of the lines; a change makes those that were written before unused."""
 
 
 class CocoLines:
     """Rewritten lines for one kind of task."""
+
+    inline = False
 
     def __init__(self, kind: Kind, images: Path) -> None:
         self._lines = JsonLines(kind, images)
@@ -107,7 +109,7 @@ def _lines(files: CocoFiles, kind: Kind) -> Iterator[Mapping[str, Any]]:
 
 
 def _caption(item: Joined) -> dict[str, Any]:
-    references = {text: 1.0 for text in map(caption_target, item.siblings) if text}
+    references = {text: 1.0 for text in map(without_punctuation, item.siblings) if text}
     return {
         "caption": text_of("the caption", caption_target(text_of("the caption", item.text))),
         "references": references,

@@ -18,6 +18,8 @@ FIELDS = frozenset({"id", "image", "text", "premise", "confidence", "references"
 class JsonLines:
     """Lines for one kind of task. A line may hold the targets of several kinds; the others are not looked at."""
 
+    inline = False
+
     def __init__(self, kind: Kind, images: Path) -> None:
         self._kind, self._images = kind, images
         self.identity = f"jsonl {kind} {images.resolve()}"

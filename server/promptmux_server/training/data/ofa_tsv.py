@@ -40,6 +40,8 @@ COLUMNS: Mapping[Kind, Columns] = {
 class OfaTsv:
     """Lines for one kind of task; `premise` says whether the task takes the premise that SNLI-VE has."""
 
+    inline = True
+
     def __init__(self, kind: Kind, *, premise: bool) -> None:
         self._kind, self._columns, self._premise = kind, COLUMNS[kind], premise
         self.identity = f"tsv {kind} {premise}"
@@ -77,7 +79,8 @@ class OfaTsv:
         if self._kind == "answer":
             references = weighted_answers(value)
         else:
-            references = {text_of("each caption", caption_target(caption)): 1.0 for caption in value.split("&&")}
+            references = {text_of("each caption", without_punctuation(caption)): 1.0 for caption in value.split("&&")}
+            return caption_target(next(iter(references))), 1.0, references
         return *best_of(references), references
 
 
@@ -105,8 +108,17 @@ def box_in_text(value: str) -> Box:
 
 def caption_target(caption: str) -> str:
     """A caption as OFA learns it: without punctuation, at most 20 words."""
-    words = caption.translate(_NO_PUNCTUATION).split()
-    return " ".join(words[:MAX_CAPTION_WORDS])
+    return " ".join(without_punctuation(caption).split()[:MAX_CAPTION_WORDS])
+
+
+def without_punctuation(caption: str) -> str:
+    """A caption as a reference to be scored against: whole, its words separated by one blank."""
+    return " ".join(caption.translate(_NO_PUNCTUATION).split())
+
+
+def caption_words(caption: str) -> list[str]:
+    """What is compared of captions: their words in lower case."""
+    return without_punctuation(caption).lower().split()
 
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)

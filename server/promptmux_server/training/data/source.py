@@ -44,6 +44,8 @@ class Reader(Protocol):
 
     identity: str
     """All that decides how a line is read, besides the line."""
+    inline: bool
+    """Whether pictures lie within the lines, so that the file's digest covers them."""
 
     def parse(self, line: bytes) -> Sample:
         """Raises Defect."""
@@ -59,6 +61,7 @@ class Source:
         """Of the file, or of the lines that a COCO-style document was rewritten as."""
         self.identity = f"{self.sha256} {reader.identity}"
         """Equal for what gives the same samples, as long as pictures in folders stay what they are."""
+        self.inline = reader.inline
 
     def __len__(self) -> int:
         return len(self._lines)

@@ -37,6 +37,8 @@ class Rows:
 
     source: Source
     lines: Lines
+    groups: Lines
+    """The hash of each one's group."""
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -72,15 +74,15 @@ class Survey:
 
         Raises DataError if nothing is left on that side.
         """
-        lines, hashes = self.found[:, 0], self.found[:, 1]
+        found = self.found
         if side != "all":
-            lines = lines[(hashes < round(heldout * HASHES)) == (side == "heldout")]
-        if not len(lines):
+            found = found[(found[:, 1] < round(heldout * HASHES)) == (side == "heldout")]
+        if not len(found):
             raise DataError(
                 f"{self.source.name}: no sample is left to learn from or to score on. Add samples, or change the share "
                 "that is held out."
             )
-        return Rows(self.source, lines)
+        return Rows(self.source, found[:, 0], found[:, 1])
 
 
 def survey(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from promptmux_server.errors import DataError
 from promptmux_server.training.data.encode import SampleEncoder
+from promptmux_server.training.data.sketches import pictures_digest
 from promptmux_server.training.data.source import SourceConfig, open_source
 from promptmux_server.training.data.stream import Stream
 from promptmux_server.training.data.survey import Rows, Survey, survey
@@ -36,6 +37,8 @@ class TaskData:
     train: Stream
     validation: Sequence[Rows]
     skipped: int
+    pictures: str
+    """A digest of the picture files (see `sketches`)."""
 
 
 def open_task_data(config: DataConfig, encoder: SampleEncoder, cache: Path) -> TaskData:
@@ -52,7 +55,12 @@ def open_task_data(config: DataConfig, encoder: SampleEncoder, cache: Path) -> T
         found.append(_surveyed(config.validation, config, encoder, cache))
         *train, scored = [each.rows() for each in found]
         validation = [scored]
-    return TaskData(Stream(train, config.seed, config.weights), validation, sum(each.bad_count for each in found))
+    return TaskData(
+        Stream(train, config.seed, config.weights),
+        validation,
+        skipped=sum(each.bad_count for each in found),
+        pictures=pictures_digest([*train, *validation]),
+    )
 
 
 def _surveyed(source: SourceConfig, config: DataConfig, encoder: SampleEncoder, cache: Path) -> Survey:

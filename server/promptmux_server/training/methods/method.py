@@ -46,6 +46,13 @@ class Method(Protocol):
         """What stands in front of `rows` rows; with a chance they are thinned for training. None: nothing."""
         ...
 
+    def adapted(self, values: Mapping[str, Tensor]) -> OFA:
+        """A frozen model that answers with the parameters' values, in front of which `saved`'s prompts stand, if any.
+
+        Good until the next step.
+        """
+        ...
+
     def saved(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What a file of this adaptation holds, made of the parameters' values (the last, or an average)."""
         ...

@@ -61,6 +61,9 @@ class DeepPrompts:
             range(rows),
         )
 
+    def adapted(self, values: Mapping[str, Tensor]) -> OFA:
+        return self.model
+
     def sides(self, values: Mapping[str, Tensor]) -> tuple[KeyValue, KeyValue]:
         """K and V of encoder and decoder as they are served, made of the parameters' values."""
         return self._side("encoder", values), self._side("decoder", values)

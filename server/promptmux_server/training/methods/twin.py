@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from promptmux_server.backbone.assemble import FACTORED_ABOVE
 from promptmux_server.backbone.config import BackboneConfig
 from promptmux_server.backbone.model import OFA
 
@@ -19,6 +20,8 @@ def twin(config: BackboneConfig, tensors: Mapping[str, Tensor], *, folded: bool)
     with torch.device("meta"):
         model = OFA(config, folded=folded)
     model.load_state_dict(dict(tensors), assign=True)
+    if model.device.type == "cuda":
+        model.encoder.factored_above = FACTORED_ABOVE
     return model.eval().requires_grad_(False)
 
 

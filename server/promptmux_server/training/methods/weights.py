@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 from torch import Tensor
 
 from promptmux_server.backbone.model import OFA
 from promptmux_server.training.chance import Chance
-from promptmux_server.training.methods.twin import let_learn
+from promptmux_server.training.methods.twin import let_learn, twin
+
+WeightsMethod = Literal["bitfit", "bitfit-full", "adapter", "finetune"]
+"""Their names in configurations and files."""
 
 
 class TrainedWeights:
@@ -24,3 +28,7 @@ class TrainedWeights:
     def saved(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The trained weights under their own names: a patch to the backbone's tensors."""
         return {name: value.detach().contiguous() for name, value in values.items()}
+
+    def adapted(self, values: Mapping[str, Tensor]) -> OFA:
+        """A frozen model over these very tensors, so none that was kept of an earlier value is read."""
+        return twin(self.model.config, self.model.state_dict() | dict(values), folded=self.model.folded)
