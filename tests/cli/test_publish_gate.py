@@ -82,5 +82,16 @@ def test_what_cannot_be_compared_is_kept(tmp_path: Path) -> None:
         assert current(served) == 1
 
 
+def test_a_server_of_another_backbone_refuses_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(tmp_path) as served:
+        mine = trained(0.9)
+        foreign = Prompt.build(replace(mine.manifest, fingerprint="0" * 64), *_sides(mine))
+        with pytest.raises(typer.Exit):
+            gate(served, foreign, before=0.0)
+        assert "was trained for backbone 'tiny' with another fingerprint" in capsys.readouterr().err
+        assert served.client.get("/v1/prompts/vqa").status_code == 404
+        assert gate(served, mine, before=0.0).published
+
+
 def _sides(prompt: Prompt) -> tuple[object, ...]:
     return prompt.encoder_key, prompt.encoder_value, prompt.decoder_key, prompt.decoder_value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from pathlib import Path
 
@@ -83,6 +84,19 @@ def test_a_job_that_cannot_be_done_says_why(tmp_path: Path, table: JobTable) -> 
     assert job.error is not None
     assert job.error["code"] == "invalid_training_data"
     assert "data.jsonl, line 1" in job.error["message"]
+
+
+def test_events_that_cannot_be_written_end_no_training(
+    tmp_path: Path, table: JobTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = queue(tmp_path)
+
+    def full(*_: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(JobTable, "tell", full)
+    assert work(table, never, once=True) == 1
+    assert table.get(job_id).state == "succeeded"
 
 
 def test_a_job_whose_late_worker_still_runs_waits_for_it(tmp_path: Path, table: JobTable) -> None:

@@ -42,12 +42,16 @@ def data(folder: Path, count: int = 12) -> Path:
     return path
 
 
+def recipe(steps: int = STEPS) -> StepRecipe:
+    """With all that a checkpoint must remember."""
+    return StepRecipe(steps=steps, learning_rate=0.05, average_decay=0.9, accumulation=2)
+
+
 def config(
     folder: Path, *, steps: StepRecipe | None = None, method: MethodConfig | None = None, **run: Any
 ) -> JobConfig:
     """The job over `data` of the folder; its output lies in `out` there."""
     rhythm: dict[str, Any] = {"rows": 3, "validate_every": 8, "checkpoint_every": 2, **run}
-    recipe = {"steps": STEPS, "learning_rate": 0.05, "average_decay": 0.9, "accumulation": 2}
     return JobConfig(
         output=folder / "out",
         cache=folder / "cache",
@@ -55,7 +59,7 @@ def config(
         data=DataConfig(train=[SourceConfig(path=data(folder))], heldout=0.3),
         method=method or MethodConfig(),
         prompt=PromptRecipe(encoder_length=4, decoder_length=3),
-        steps=steps or StepRecipe(**recipe),
+        steps=steps or recipe(),
         run=RunConfig(**rhythm),
     )
 
@@ -95,8 +99,8 @@ class Forks:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 
-    def start(self, folder: Path) -> int:
-        return self._ask(f"run {folder}")
+    def start(self, folder: Path, steps: int = STEPS) -> int:
+        return self._ask(f"{steps} {folder}")
 
     def wait(self, process: int) -> int:
         """Its exit code, or minus the signal that killed it."""
@@ -143,14 +147,14 @@ def serve() -> None:
             continue
         process = os.fork()
         if process == 0:
-            _work(Path(argument))
+            _work(Path(argument), int(verb))
         print(process, flush=True)
 
 
-def _work(folder: Path) -> None:
+def _work(folder: Path, steps: int) -> None:
     status = 1
     try:
-        learned = run_to_the_end(folder)
+        learned = run_to_the_end(folder, steps=recipe(steps))
         assert isinstance(learned, Prompt)
         (folder / "digest").write_text(learned.digest)
         status = 0

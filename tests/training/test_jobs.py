@@ -9,11 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import tiny
 from promptmux_prompts import Prompt
 from promptmux_server.backbone.weights import LoadedBackbone
 from promptmux_server.errors import CheckpointNotWritten, DataError, TrainingDiverged, TrainingError
+from promptmux_server.training import cohort as cohort_module
 from promptmux_server.training import job as job_module
 from promptmux_server.training import run as run_module
 from promptmux_server.training.checkpoint import Checkpoints
@@ -158,6 +160,19 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_no_checkpoint(
     assert kept(tmp_path) == [2, 3]
     go(short(tmp_path))
     assert kept(tmp_path)[-1] == 8
+
+
+def test_a_device_without_memory_says_what_to_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go(short(tmp_path), 3)
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cohort_module, "backward", full)
+        with pytest.raises(TrainingError, match=r"no memory for step 4: set compute\.recompute"):
+            go(short(tmp_path))
+    assert kept(tmp_path) == [2, 3]
 
 
 def test_a_corrupt_line_is_named_before_anything_is_learned(tmp_path: Path) -> None:

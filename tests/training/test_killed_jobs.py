@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from training.job_worker import STEPS, Forks, data, forks, run_to_the_end
+from training.job_worker import STEPS, Forks, data, forks, recipe, run_to_the_end
 
 PATIENCE_S = 60.0
 
@@ -18,9 +18,9 @@ def steps_taken(folder: Path) -> int:
     return len(log.read_text().split()) if log.exists() else 0
 
 
-def kill_behind(started: Forks, folder: Path, steps: int, delay_s: float) -> int:
+def kill_behind(started: Forks, folder: Path, steps: int, more: int, delay_s: float) -> int:
     """Run, and kill after so many more steps and a moment; what the process ended with."""
-    enough, process, begun_s = steps_taken(folder) + steps, started.start(folder), time.monotonic()
+    enough, process, begun_s = steps_taken(folder) + more, started.start(folder, steps), time.monotonic()
     while steps_taken(folder) < enough and not (folder / "digest").exists() and time.monotonic() - begun_s < PATIENCE_S:
         time.sleep(0.001)
     time.sleep(delay_s)
@@ -29,17 +29,20 @@ def kill_behind(started: Forks, folder: Path, steps: int, delay_s: float) -> int
 
 @pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.soak)])
 def test_a_killed_run_goes_on_with_the_same_bits(tmp_path: Path, kills: int) -> None:
+    steps = STEPS * kills // 5  # the run must last until the last one
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     data(undisturbed), data(disturbed)
-    expected = run_to_the_end(undisturbed).digest
+    expected = run_to_the_end(undisturbed, steps=recipe(steps)).digest
     rng = random.Random(kills)
     with forks() as started:
-        killed = [kill_behind(started, disturbed, rng.randrange(1, 9), rng.uniform(0.0, 0.03)) for _ in range(kills)]
-        assert started.wait(started.start(disturbed)) == 0
-    assert killed.count(-9) >= 3
+        killed = [
+            kill_behind(started, disturbed, steps, rng.randrange(1, 7), rng.uniform(0.0, 0.03)) for _ in range(kills)
+        ]
+        assert started.wait(started.start(disturbed, steps)) == 0
+    assert killed == [-9] * kills
     assert (disturbed / "digest").read_text() == expected
     assert (disturbed / "out/curve.jsonl").read_bytes() == (undisturbed / "out/curve.jsonl").read_bytes()
-    assert steps_taken(disturbed) > STEPS  # some steps were taken twice, so kills did cost something
+    assert steps_taken(disturbed) > steps  # some steps were taken twice, so kills did cost something
 
 
 def test_bits_that_a_checkpoint_forgets_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

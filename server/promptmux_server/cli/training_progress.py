@@ -16,6 +16,9 @@ from promptmux_server.training.job import Event, Scored, Stepped, Stopped
 LINES = 20
 """Of steps, over a whole run where nobody watches a terminal."""
 
+PERIOD_S = 600.0
+"""Whose steps the time that is left is estimated from: of large backbones a step takes many seconds."""
+
 Show = Callable[[Event], None]
 
 
@@ -45,7 +48,7 @@ def showing(name: str, begun: int, steps: int) -> Iterator[Show]:
         TextColumn("loss {task.fields[loss]}  {task.fields[pace]} tokens/s  best {task.fields[best]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=Console(stderr=True), speed_estimate_period=PERIOD_S) as bar:
         yield _Bar(bar, bar.add_task(name, total=steps, completed=begun, loss="-", pace="-", best="-"))
 
 
@@ -57,7 +60,7 @@ class _Bar:
         match event:
             case Stepped(report):
                 self._pace.count(report.tokens)
-                pace = f"{self._pace.tokens_per_s:.0f}"
+                pace = f"{self._pace.tokens_per_s:.3g}"
                 self._bar.update(self._task, completed=report.step, loss=f"{report.loss:.4f}", pace=pace)
             case Scored(step, score, best):
                 self._bar.update(self._task, best=f"{best:.4f}")
@@ -81,7 +84,7 @@ class _Lines:
                     left_s = (time.monotonic() - self._begun_s) / taken * (self._steps - report.step)
                     self._say(
                         f"step {report.step} of {self._steps}, loss {report.loss:.4f}, "
-                        f"{self._pace.tokens_per_s:.0f} tokens/s, {left_s:.0f} s left"
+                        f"{self._pace.tokens_per_s:.3g} tokens/s, {left_s:.0f} s left"
                     )
             case Scored(step, score, best):
                 self._say(f"step {step}, {score.metric} {score.value:.4f} (best {best:.4f}, n = {score.n})")

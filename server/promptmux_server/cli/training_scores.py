@@ -9,8 +9,9 @@ import base64
 import hashlib
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,15 +19,16 @@ from typing import Any
 
 from PIL import Image
 
-from promptmux_prompts import Prompt, write_prompt
+from promptmux_prompts import Prompt, StoreError, write_prompt
 from promptmux_prompts.header import MAX_HEADER_BYTES
 from promptmux_server.backbone.images import DecodedImage
 from promptmux_server.engine.offline import engine_over
 from promptmux_server.engine.options import EngineOptions
 from promptmux_server.engine.rehearsal import record_canaries
 from promptmux_server.engine.request import Answer, Request
-from promptmux_server.errors import NoBoxFound
+from promptmux_server.errors import CheckpointNotWritten, NoBoxFound
 from promptmux_server.tasks import Output
+from promptmux_server.training.checkpoint import not_written
 from promptmux_server.training.curve import write_durably
 from promptmux_server.training.job import Job, Learned
 from promptmux_server.training.metrics import Score, score_of
@@ -39,6 +41,7 @@ DEADLINE_S = 3600.0
 MOST_CANARIES = 3
 CANARY_SIDE = 48
 """Pixels: a PNG of noise has 7 KB then, and all canaries fit into a prompt file's header."""
+LAID_DOWN = "What is to be scored cannot be laid down in the folder of temporary files"
 OTHER_HEADER_BYTES = 4096
 """Of the header, what is not manifest: names, shapes and offsets of tensors."""
 
@@ -48,14 +51,26 @@ def score_served(backbone: OpenBackbone, prompt: Prompt, exam: Exam) -> Score:
     manifest, fingerprint = prompt.manifest, backbone.loaded.fingerprint
     options = EngineOptions(queue_size=2 * WAITING)
     outputs: list[Output | None] = []
-    with TemporaryDirectory(prefix="promptmux-") as folder:
-        Path(folder, f"{manifest.name}.safetensors").write_bytes(write_prompt(prompt))
-        with engine_over(Path(folder), backbone.model, backbone.tokenizer, fingerprint, options) as engine:
+    with _temporary_folder() as folder:
+        (folder / f"{manifest.name}.safetensors").write_bytes(write_prompt(prompt))
+        with engine_over(folder, backbone.model, backbone.tokenizer, fingerprint, options) as engine:
             for start in range(0, len(exam.questions), WAITING):
                 asked = exam.questions[start : start + WAITING]
                 answers = [engine.submit(_request(manifest.name, question)) for question in asked]
                 outputs += [_output(answer) for answer in answers]
     return score_of(exam.metric, outputs, [question.sample for question in exam.questions], manifest.labels)
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """Raises CheckpointNotWritten where it, or what an engine keeps for itself, cannot be written."""
+    try:
+        with TemporaryDirectory(prefix="promptmux-") as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise not_written(LAID_DOWN, error) from error
+    except StoreError as error:
+        raise CheckpointNotWritten(f"{LAID_DOWN}: {error}") from error
 
 
 def _request(task: str, question: Question) -> Request:

@@ -129,10 +129,11 @@ def _teller(table: JobTable, claim: Claim) -> Callable[[Event], None]:
 
     def tell(event: Event) -> None:
         nonlocal last_s
-        if isinstance(event, Scored):
-            table.tell(claim, "score", {"step": event.step, "best": event.best, **asdict(event.score)})
-        elif isinstance(event, Stepped) and time.monotonic() - last_s >= TOLD_EVERY_S:
-            last_s = time.monotonic()
-            table.tell(claim, "step", asdict(event.report))
+        with suppress(sqlite3.OperationalError):  # a disk that is full costs a line of the events, not the training
+            if isinstance(event, Scored):
+                table.tell(claim, "score", {"step": event.step, "best": event.best, **asdict(event.score)})
+            elif isinstance(event, Stepped) and time.monotonic() - last_s >= TOLD_EVERY_S:
+                last_s = time.monotonic()
+                table.tell(claim, "step", asdict(event.report))
 
     return tell

@@ -12,6 +12,7 @@ from promptmux_server.backbone.model import OFA
 from promptmux_server.backbone.tokenizer import Tokenizer
 from promptmux_server.engine.engine import Engine
 from promptmux_server.engine.options import EngineOptions
+from promptmux_server.errors import PromptRefused
 
 MOST_PROMPTS = 100_000
 STOP_S = 5.0
@@ -21,12 +22,16 @@ STOP_S = 5.0
 def engine_over(
     prompts: Path, model: OFA, tokenizer: Tokenizer, fingerprint: str, options: EngineOptions | None = None
 ) -> Iterator[Engine]:
-    """A started engine that serves every file of the directory."""
+    """A started engine that serves every file of the directory.
+
+    Raises PromptRefused for a file that it cannot serve, StoreError where its registry cannot be laid down.
+    """
     with TemporaryDirectory(prefix="promptmux-") as folder:
         store = Store.open(Path(folder), max_names=MOST_PROMPTS)
         engine = Engine(model, tokenizer, fingerprint, store, options, seeds=prompts)
         try:
-            engine.start()
+            for name, problem in engine.start().refused.items():
+                raise PromptRefused(f"{name} cannot be served: {problem.message}")
             yield engine
         finally:
             engine.stop(STOP_S)

@@ -82,8 +82,12 @@ class Checkpoints:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Be the only one who writes here, and clear what a dead process left; raises RunHeld."""
-        with (self._folder / LOCK).open("ab") as file:
+        """Be the only one who writes here, and clear what a dead process left; raises RunHeld, CheckpointNotWritten."""
+        try:
+            file = (self._folder / LOCK).open("ab")
+        except OSError as error:
+            raise not_written("The folder of checkpoints cannot be locked", error) from error
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
