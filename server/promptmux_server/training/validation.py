@@ -71,7 +71,7 @@ def exam_of(held_out: Sequence[Rows], most: int, kind: Kind, metric: Metric | No
     """
     places = _by_picture(held_out) if kind == "caption" else [[place] for place in _places(held_out)]
     chosen = places if len(places) <= most else [places[i * len(places) // most] for i in range(most)]
-    questions = [question for group in chosen for question in _questions(group)]
+    questions = [question for group in chosen for question in _questions(group)][:most]
     return Exam(metric or metric_for(kind, [question.sample for question in questions]), questions)
 
 
