@@ -84,8 +84,8 @@ METHODS: dict[str, Callable[[OFA], Method]] = {
 
 
 def unfolded() -> OFA:
-    """The tiny backbone with its batch normalisation, whose statistics could drift."""
-    return twin(tiny.config(), tiny.backbone().tensors, folded=False)
+    """A copy of the tiny backbone with its batch normalisation, whose statistics could drift."""
+    return twin(tiny.config(), {n: t.clone() for n, t in tiny.backbone().tensors.items()}, folded=False)
 
 
 def train_three_steps(method: Method) -> None:
