@@ -79,9 +79,9 @@ class Trainings:
         """Raises TrainingsOff, TrainingConfigError, and what `JobTable.submit` does."""
         if self.draining:
             raise Draining("The server is shutting down. Send this to another replica.", retry_after_s=5)
+        key, post = idempotency_key(request), parse_training(await read_json(request))
         if self._root is None:
             raise TrainingsOff(OFF)
-        key, post = idempotency_key(request), parse_training(await read_json(request))
         owner, root = request.scope.get("promptmux.key", ""), self._root
 
         def do() -> Job:

@@ -141,14 +141,14 @@ def _run(table: JobTable, claim: Claim, lease: _Lease, stop: Stop, url: str | No
                 return None
             tell(event)
         path, prompt = keep_prompt(job)
-        result: dict[str, Any] = {"file": str(path), "sha256": prompt.digest, "metric": prompt.manifest.metric, "publish": None}
+        verdict = None
         if request.publish:
             lease.beat()  # nothing is published for a job that was cancelled, or is another worker's by now
             if lease.cancelled:
                 return None
-            result["publish"] = publish(job, prompt, url)
-            table.tell(claim, "publish", result["publish"])
-    return result
+            verdict = publish(job, prompt, url)
+            table.tell(claim, "publish", verdict)
+    return {"file": str(path), "sha256": prompt.digest, "metric": prompt.manifest.metric, "publish": verdict}
 
 
 def _teller(table: JobTable, claim: Claim) -> Callable[[Event], None]:
