@@ -71,7 +71,10 @@ def list_all(state: StateOption = DEFAULT_STATE, as_json: JsonOption = False) ->
     if as_json:
         print_json([asdict(job) for job in jobs])
         return
-    rows = [(j.id, str(j.payload.get("name", "")), j.state, str(j.attempts), _time(j.created)) for j in jobs]
+    rows = [
+        (j.id, str(j.payload.get("task") or j.payload.get("name", "")), j.state, str(j.attempts), _time(j.created))
+        for j in jobs
+    ]
     print_table(("id", "job", "state", "attempts", "asked for"), rows)
 
 

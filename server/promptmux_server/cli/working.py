@@ -6,6 +6,7 @@ a worker that is asked to stop keeps a checkpoint and gives the job back.
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import threading
 import time
@@ -19,7 +20,7 @@ import torch
 from promptmux_server.cli.machine import usable_cores
 from promptmux_server.cli.training_scores import keep_prompt, score_served
 from promptmux_server.cli.worker_publishing import publish
-from promptmux_server.errors import LeaseLost, PromptmuxError, RunHeld
+from promptmux_server.errors import Internal, LeaseLost, PromptmuxError, RunHeld
 from promptmux_server.jobs import Claim, JobTable
 from promptmux_server.jobs.trainings import KIND, TrainingRequest
 from promptmux_server.pocket import WEIGHTS
@@ -35,6 +36,8 @@ TOLD_EVERY_S = 1.0
 """Between two steps that a job tells of; scores are told always."""
 
 Stop = Callable[[], bool]
+
+log = logging.getLogger(__name__)
 
 
 class _Lease:
@@ -113,10 +116,14 @@ def _work_on(table: JobTable, claim: Claim, stop: Stop, url: str | None, lease_s
         except RunHeld:
             table.give_back(claim)  # a worker that lost its lease has not noticed yet
             return False
-        except LeaseLost:
+        except (LeaseLost, sqlite3.Error):
             raise
         except PromptmuxError as error:
             table.fail(claim, error.code, error.message)
+            return True
+        except Exception:  # a number that no tensor has room for, or a bug: the jobs behind it are not to blame
+            log.exception("job %s failed", claim.job.id)
+            table.fail(claim, Internal.code, "The worker failed on this job; its log says why.")
             return True
         if result is not None:
             table.succeed(claim, result)
