@@ -115,6 +115,14 @@ class Settings(BaseSettings):
             raise ValueError("default_deadline_ms is over max_deadline_ms")
         return self
 
+    @model_validator(mode="after")
+    def _check_training_root(self) -> Self:
+        if self.training_root is not None and self.state.resolve().is_relative_to(self.training_root.resolve()):
+            raise ValueError(
+                "training_root holds the state directory: trainings could write into it. Name a folder of its own"
+            )
+        return self
+
     @property
     def is_loopback(self) -> bool:
         """Whether only this machine can reach the public port."""

@@ -23,8 +23,9 @@ from promptmux_server.api import trainings as routes
 from promptmux_server.api.keys import Keys
 from promptmux_server.cli import app as commands
 from promptmux_server.errors import TrainingConfigError
-from promptmux_server.jobs import JobTable
-from promptmux_server.jobs.trainings import KIND
+from promptmux_server.jobs import FILE, JobTable
+from promptmux_server.jobs.trainings import KIND, TrainingRequest, submit
+from promptmux_server.settings import Settings
 from promptmux_server.training.job_config import parse_job
 
 ADMIN, INFER = "key-of-the-trainer", "key-of-a-caller"
@@ -113,6 +114,16 @@ def test_a_result_names_no_folder_of_the_server(server: TrainingServer) -> None:
     events = server.client.get(f"/v1/trainings/{claim.job.id}/events")
     assert job.json()["result"]["file"] == "runs/pets/pets.safetensors"
     assert str(server.root) not in job.text + events.text
+
+
+def test_a_job_that_a_command_queued_is_shown_without_its_places(server: TrainingServer) -> None:
+    request = TrainingRequest(config=CONFIG, name="pets.toml", folder="/home/ann", task="pets")
+    job = submit(JobTable(server.state / FILE), request, server.root)
+    claim = server.table.claim((KIND,), 60.0)
+    assert claim is not None
+    server.table.succeed(claim, {"file": "/data/out/pets.safetensors", "sha256": "ab", "metric": {}, "publish": None})
+    shown = server.client.get(f"/v1/trainings/{job.id}").json()
+    assert (shown["task"], shown["result"]["file"]) == ("pets", "pets.safetensors")
 
 
 def test_a_repeated_key_gives_the_same_training_and_no_other(server: TrainingServer) -> None:
@@ -384,6 +395,13 @@ def test_a_path_that_leads_out_of_the_folder_is_refused(server: TrainingServer, 
         taken = server.post(config)
         assert taken.status_code == 201, taken.text
         server.client.delete(f"/v1/trainings/{taken.json()['id']}")
+
+
+def test_a_folder_for_trainings_is_not_that_of_the_servers_state(tmp_path: Path) -> None:
+    for root in (tmp_path, tmp_path / "state"):
+        with pytest.raises(ValueError, match="holds the state directory"):
+            Settings(training_root=root, state=tmp_path / "state")
+    assert Settings(training_root=tmp_path / "state" / "trainings", state=tmp_path / "state").training_root
 
 
 def test_an_output_folder_with_other_things_in_it_is_refused(server: TrainingServer) -> None:

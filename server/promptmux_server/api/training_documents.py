@@ -6,6 +6,7 @@ Names follow OpenAI's jobs. Nothing here names a folder of the server.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -133,4 +134,6 @@ def _placeless(told: dict[str, Any], folder: str) -> dict[str, Any]:
     """What a worker has told, with paths as they are within the job's folder."""
     for key in told.keys() & {"file", "message"}:
         told[key] = str(told[key]).replace(f"{folder}/", "")
+    if str(told.get("file", "")).startswith("/"):  # of a job that was queued on this machine, and writes elsewhere
+        told["file"] = Path(told["file"]).name
     return told

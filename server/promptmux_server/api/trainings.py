@@ -113,9 +113,13 @@ class Trainings:
 
     async def newest(self, limit: int, state: State | None, before: str | None) -> list[Job]:
         """Raises JobNotFound for a `before` that there is not."""
-        if before is None and not self._path.exists():
-            return []
-        return await self._run(lambda: self._table().newest(limit, kind=KIND, state=state, before=before))
+
+        def do() -> list[Job]:
+            if before is None and not self._path.exists():
+                return []
+            return self._table().newest(limit, kind=KIND, state=state, before=before)
+
+        return await self._run(do)
 
     async def told(self, job_id: str, after: int) -> Told:
         """Raises JobNotFound."""

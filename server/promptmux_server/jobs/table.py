@@ -221,10 +221,12 @@ class JobTable:
             )
 
     def _check_room(self, database: sqlite3.Connection, owner: str, most_waiting: int | None) -> None:
+        if most_waiting is None:
+            return
         (waiting,) = database.execute(
             "SELECT COUNT(*) FROM jobs WHERE owner = ? AND state = 'queued'", (owner,)
         ).fetchone()
-        if most_waiting is not None and waiting >= most_waiting:
+        if waiting >= most_waiting:
             raise TenantQueueFull(f"{waiting} of your jobs wait already: cancel some, or wait.", retry_after_s=30)
 
     def _give_up_the_lost(self, database: sqlite3.Connection, now: float) -> None:

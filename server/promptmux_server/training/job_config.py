@@ -191,14 +191,12 @@ def _placed(config: JobConfig, folder: Path) -> JobConfig:
 
 
 def _refuse(error: ValidationError, text: str, name: str) -> NoReturn:
-    """Say all mistakes at once, each with its line."""
+    """Say many mistakes at once, each with its line."""
     told = [_mistake(mistake, text) for mistake in error.errors()[:MOST_TOLD]]
-    said = [
-        f"{name}, line {each['line']}: {each['field']}: {each['reason']}"
-        if each["line"]
-        else f"{name}: {each['field']}: {each['reason']}"
-        for each in told
-    ]
+    said = []
+    for each in told:
+        where = f"{name}, line {each['line']}" if each["line"] else name
+        said.append(f"{where}: {each['field']}: {each['reason']}")
     first = error.errors()[0]
     known = first["loc"][:-1] if first["type"] in UNKNOWN else first["loc"]
     param = ".".join(map(str, known)) or None
