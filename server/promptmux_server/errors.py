@@ -13,10 +13,12 @@ the one place that turns an exception into an answer.
     │   ├── PromptNotFound             404  prompt_not_found
     │   ├── VersionNotFound            404  version_not_found      the name has no such version, or none that is kept
     │   ├── JobNotFound                404  job_not_found
+    │   ├── TrainingsOff               403  trainings_off          this server takes no trainings over HTTP
     │   ├── RouteNotFound              404  route_not_found
     │   ├── MethodNotAllowed           405  method_not_allowed
     │   ├── RegistryFull               409  registry_full          no further names
     │   ├── IdempotencyConflict        409  idempotency_conflict   one key, two different jobs
+    │   ├── JobConflict                409  job_conflict           another job that has not ended uses the same folder
     │   ├── VersionMismatch            412  version_mismatch       the name stands for another version than expected
     │   ├── BodyTooLarge               413  body_too_large
     │   ├── ImageTooLarge              413  image_too_large
@@ -141,6 +143,13 @@ class VersionNotFound(RequestError):
     status = 404
 
 
+class TrainingsOff(RequestError):
+    """The server was started without a folder that trainings asked for over HTTP may use."""
+
+    code = "trainings_off"
+    status = 403
+
+
 class RouteNotFound(RequestError):
     """No such path."""
 
@@ -159,6 +168,13 @@ class IdempotencyConflict(RequestError):
     """An idempotency key that stands for another job."""
 
     code = "idempotency_conflict"
+    status = 409
+
+
+class JobConflict(RequestError):
+    """Another job that has not ended uses what this one would."""
+
+    code = "job_conflict"
     status = 409
 
 

@@ -45,7 +45,11 @@ class Settings(BaseSettings):
     prompts: Path | None = None
     """Directory of prompt files to take up; None = the shipped library. It is only read."""
     state: Path = Path("var/state")
-    """Where the server keeps what it may change: published prompts among it, in `registry`."""
+    """Where the server keeps what it may change: published prompts in `registry`, jobs in `jobs.sqlite`."""
+    training_root: Path | None = None
+    """Folder that trainings asked for over HTTP may read and write, and nothing outside it; None = none are taken."""
+    trainings_per_key: Count = 100
+    """Trainings of one API key that wait; beyond it 429."""
     max_prompts: Count = 1000
     """Names in the registry; one more is refused."""
     kept_versions: Count = 10
@@ -109,6 +113,14 @@ class Settings(BaseSettings):
     def _check_deadlines(self) -> Self:
         if self.default_deadline_ms > self.max_deadline_ms:
             raise ValueError("default_deadline_ms is over max_deadline_ms")
+        return self
+
+    @model_validator(mode="after")
+    def _check_training_root(self) -> Self:
+        if self.training_root is not None and self.state.resolve().is_relative_to(self.training_root.resolve()):
+            raise ValueError(
+                "training_root holds the state directory: trainings could write into it. Name a folder of its own"
+            )
         return self
 
     @property

@@ -11,6 +11,7 @@ import typer
 import tiny
 from api.registry_server import Served, serving
 from promptmux_prompts import Prompt, write_prompt
+from promptmux_server.cli.prompt_refusals import connected
 from promptmux_server.cli.publish_gate import Verdict, publish_if_better
 from training.job_worker import backbone
 
@@ -21,9 +22,9 @@ def trained(score: float, seed: int = 1) -> Prompt:
 
 def gate(served: Served, prompt: Prompt, before: float, margin: float = 0.0) -> Verdict:
     """What the gate decides where the served prompt scores `before`."""
-    url = f"http://127.0.0.1:{served.port}"
-    shape = backbone().loaded.prompt_shape
-    return publish_if_better(url, "vqa", prompt, write_prompt(prompt), lambda _: before, margin=margin, shape=shape)
+    shape, data = backbone().loaded.prompt_shape, write_prompt(prompt)
+    with connected(f"http://127.0.0.1:{served.port}", "vqa") as client:
+        return publish_if_better(client, "vqa", prompt, data, lambda _: before, margin=margin, shape=shape)
 
 
 def current(served: Served) -> int:
@@ -65,11 +66,19 @@ def test_a_version_that_came_meanwhile_is_not_replaced(tmp_path: Path, capsys: p
             return 0.1
 
         prompt, shape = trained(0.9), backbone().loaded.prompt_shape
-        url = f"http://127.0.0.1:{served.port}"
-        with pytest.raises(typer.Exit):
-            publish_if_better(url, "vqa", prompt, write_prompt(prompt), overtaken, margin=0.0, shape=shape)
+        with pytest.raises(typer.Exit), connected(f"http://127.0.0.1:{served.port}", "vqa") as client:
+            publish_if_better(client, "vqa", prompt, write_prompt(prompt), overtaken, margin=0.0, shape=shape)
         assert "vqa is at version 2" in capsys.readouterr().err
         assert current(served) == 2
+
+
+def test_what_is_served_already_is_not_published_again(tmp_path: Path) -> None:
+    """As after a crash between publishing and telling of it."""
+    with serving(tmp_path) as served:
+        assert gate(served, trained(0.8), before=0.0).version == 1
+        again = gate(served, trained(0.8), before=0.8)
+        assert (again.published, again.version, current(served)) == (True, 1, 1)
+        assert not gate(served, trained(0.8, seed=2), before=0.8).published
 
 
 def test_what_cannot_be_compared_is_kept(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from cli.tiny_training import CONFIG, prepare
 from promptmux_server.cli import app
 from promptmux_server.cli.working import work
 from promptmux_server.jobs import JobTable
+from promptmux_server.jobs.trainings import TrainingRequest, submit
 from promptmux_server.training.checkpoint import Checkpoints
 from promptmux_server.training.run import Run
 
@@ -97,6 +100,57 @@ def test_events_that_cannot_be_written_end_no_training(
     monkeypatch.setattr(JobTable, "tell", full)
     assert work(table, never, once=True) == 1
     assert table.get(job_id).state == "succeeded"
+
+
+def test_a_job_that_no_worker_can_do_does_not_end_the_worker(tmp_path: Path, table: JobTable) -> None:
+    (tmp_path / "job.toml").write_text(CONFIG.replace("steps = 6", "steps = 6, seed = 1" + "0" * 30))
+    impossible = queue(tmp_path)
+    (tmp_path / "job.toml").write_text(CONFIG.replace('"out"', '"out2"'))
+    possible = queue(tmp_path)
+    assert work(table, never, once=True) == 2
+    failed = table.get(impossible)
+    assert (failed.state, (failed.error or {}).get("code")) == ("failed", "internal")
+    assert table.get(possible).state == "succeeded"
+
+
+def test_two_queued_jobs_do_not_share_an_output_folder(tmp_path: Path, table: JobTable) -> None:
+    first = queue(tmp_path)
+    arguments = ["train", str(tmp_path / "job.toml"), "--queue", "--state", str(tmp_path / "state")]
+    refused = CliRunner().invoke(app, arguments)
+    assert refused.exit_code == 1
+    assert first in refused.stderr
+    run(tmp_path, "jobs", "cancel", first)
+    queue(tmp_path)
+
+
+def test_push_asks_the_worker_to_publish(tmp_path: Path, table: JobTable) -> None:
+    run(tmp_path, "train", str(tmp_path / "job.toml"), "--queue", "--push")
+    assert table.newest(1)[0].payload["publish"] is True
+
+
+def test_a_configuration_may_be_json(tmp_path: Path, table: JobTable) -> None:
+    (tmp_path / "job.json").write_text(json.dumps(tomllib.loads(CONFIG)))
+    job_id = run(tmp_path, "train", str(tmp_path / "job.json"), "--queue")
+    work(table, never, once=True)
+    assert table.get(job_id).state == "succeeded"
+    assert (tmp_path / "out" / "config.json").read_bytes() == (tmp_path / "job.json").read_bytes()
+
+
+def test_links_that_change_after_the_queue_lead_nowhere(tmp_path: Path, table: JobTable) -> None:
+    """A job whose paths must stay in their folder is asked for them again when it is begun."""
+    root = tmp_path / "root"
+    root.mkdir()
+    for name in ("tiny", "data.jsonl", *(f"{i}.png" for i in range(12))):
+        (tmp_path / name).rename(root / name)
+    asked = TrainingRequest(config=CONFIG, name="config.toml", folder=str(root), task="counting", confined=True)
+    job_id = submit(table, asked, asked.parsed().output).id
+    (tmp_path / "elsewhere").mkdir()
+    (root / "out").symlink_to(tmp_path / "elsewhere")
+    work(table, never, once=True)
+    error = table.get(job_id).error
+    assert error is not None
+    assert "output: this path leads out" in error["message"]
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_a_job_whose_late_worker_still_runs_waits_for_it(tmp_path: Path, table: JobTable) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from promptmux_server.errors import IdempotencyConflict, JobNotFound, LeaseLost
+from promptmux_server.errors import IdempotencyConflict, JobConflict, JobNotFound, LeaseLost, TenantQueueFull
 from promptmux_server.jobs import JobTable
 from promptmux_server.jobs import table as table_module
 
@@ -147,8 +147,68 @@ def test_a_waiting_job_is_cancelled_at_once_and_a_running_one_by_its_worker(tabl
     assert table.get(dying.id).state == "cancelled"
 
 
+def test_a_folder_is_one_jobs_until_its_end(table: JobTable, clock: Clock) -> None:
+    first = table.submit("training", {}, folder="/out")
+    with pytest.raises(JobConflict, match=first.id):
+        table.submit("training", {}, folder="/out")
+    table.submit("training", {}, folder="/other")
+    table.submit("training", {})
+    table.submit("training", {})
+    claim = table.claim(KINDS, LEASE_S)
+    assert claim is not None
+    table.cancel(first.id)
+    with pytest.raises(JobConflict):
+        table.submit("training", {}, folder="/out")
+    clock.now += LEASE_S + 1  # its worker died, and nobody came after
+    assert table.submit("training", {}, folder="/out").state == "queued"
+    assert table.get(first.id).state == "cancelled"
+
+
+def test_a_job_whose_worker_died_is_cancelled_at_once(table: JobTable, clock: Clock) -> None:
+    job = table.submit("training", {})
+    assert table.claim(KINDS, LEASE_S) is not None
+    clock.now += LEASE_S + 1
+    assert table.cancel(job.id).state == "cancelled"
+
+
+def test_only_so_many_of_an_owner_wait(table: JobTable) -> None:
+    for _ in range(2):
+        table.submit("training", {}, owner="ann", most_waiting=2)
+    with pytest.raises(TenantQueueFull):
+        table.submit("training", {}, owner="ann", most_waiting=2)
+    table.submit("training", {}, owner="bob", most_waiting=2)
+    assert table.claim(KINDS, LEASE_S) is not None
+    table.submit("training", {}, owner="ann", most_waiting=2)
+
+
+def test_pages_begin_behind_a_job_and_hold_one_kind_and_state(table: JobTable) -> None:
+    ids = [table.submit(kind, {"n": n}).id for n, kind in enumerate(("training", "evaluation", "training"))]
+    assert [job.id for job in table.newest(9, kind="training")] == [ids[2], ids[0]]
+    assert [job.id for job in table.newest(9, before=ids[2])] == [ids[1], ids[0]]
+    table.cancel(ids[0])
+    assert [job.id for job in table.newest(9, state="cancelled")] == [ids[0]]
+    with pytest.raises(JobNotFound):
+        table.newest(9, before="nothing")
+
+
+def test_a_job_knows_when_it_began_and_ended(table: JobTable, clock: Clock) -> None:
+    job = table.submit("training", {})
+    assert (job.started, job.finished, table.ended(job.id)) == (None, None, False)
+    first = table.claim(KINDS, LEASE_S)
+    assert first is not None
+    began = table.get(job.id).started
+    table.give_back(first)
+    again = table.claim(KINDS, LEASE_S)
+    assert again is not None
+    table.succeed(again, {})
+    ended = table.get(job.id)
+    assert (ended.started, table.ended(job.id)) == (began, True)
+    assert ended.finished is not None
+    assert ended.finished > ended.started > ended.created  # type: ignore[operator]
+
+
 def test_an_unknown_job_is_an_error(table: JobTable) -> None:
-    for act in (table.get, table.cancel, table.events):
+    for act in (table.get, table.cancel, table.events, table.ended):
         with pytest.raises(JobNotFound):
             act("nothing")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,9 @@ def test_what_is_not_said_has_its_default() -> None:
         ("[prompt]\nencoder_length = 16", '[method]\nname = "adapter"\n[machine]\ndtype = "bfloat16"',
          "line 17: machine.dtype: adapter trains weights in float32"),
         ("[steps]", '[run]\nmetric = "cider"\n[steps]', "line 18: run.metric: only captions have a choice"),
+        ("steps = 500", "steps = 1" + "0" * 5000, "no setting is a date"),
+        ("steps = 500", "steps = " + "[" * 9999, "no setting is nested so deeply"),
+        ("[steps]", "[steps]\n" + "a." * 30_000 + "a = 1", "no setting has a name of so many parts"),
         ("learning_rate = 0.05", "learning_rate = ", "is not TOML: Invalid value (at line 19, column 17)"),
     ],
 )  # fmt: skip
@@ -85,6 +90,21 @@ def test_a_mistake_is_named_with_its_line_and_what_is_allowed(before: str, after
         parsed(GOOD.replace(before, after, 1))
     assert said in refused.value.message
     assert "/data" not in refused.value.message
+
+
+def test_a_configuration_may_be_json() -> None:
+    document = json.dumps(tomllib.loads(GOOD))
+    assert parse_job(document, "pets.json", Path("/data")) == parsed(GOOD)
+    with pytest.raises(TrainingConfigError, match=r"pets.json: data.held: there is no such field here"):
+        parse_job(document.replace("heldout", "held"), "pets.json", Path("/data"))
+    for text in ("{", '{"output": NaN}', "[1]", "[" * 9999):
+        with pytest.raises(TrainingConfigError, match=r"pets\.json"):
+            parse_job(text, "pets.json", Path("/data"))
+
+
+def test_the_section_publish_asks_for_it() -> None:
+    assert not parsed(GOOD).asks_to_be_published
+    assert parsed(GOOD + "[publish]\n").asks_to_be_published
 
 
 def test_all_mistakes_are_said_at_once() -> None:

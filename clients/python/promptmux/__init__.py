@@ -43,6 +43,7 @@ from promptmux._models import (
     TextOutput,
 )
 from promptmux._prompt_models import PromptVersion
+from promptmux._training_models import PublishVerdict, Training, TrainingError, TrainingEvent, TrainingResult
 
 __all__ = [
     "APIStatusError",
@@ -71,6 +72,7 @@ __all__ = [
     "PromptRef",
     "PromptVersion",
     "PromptmuxError",
+    "PublishVerdict",
     "RateLimited",
     "RegistryFull",
     "RequestTimeout",
@@ -80,6 +82,10 @@ __all__ = [
     "Task",
     "TextOutput",
     "TooLarge",
+    "Training",
+    "TrainingError",
+    "TrainingEvent",
+    "TrainingResult",
     "Unauthorized",
     "UnsupportedMediaType",
     "VersionMismatch",

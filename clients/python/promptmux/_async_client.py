@@ -11,6 +11,7 @@ import httpx2
 
 from promptmux import _wire
 from promptmux._async_prompts import AsyncPrompts
+from promptmux._async_trainings import AsyncTrainings
 from promptmux._errors import ConnectionFailed, RequestTimeout
 from promptmux._events import EventReader
 from promptmux._images import ImageSource
@@ -35,6 +36,8 @@ class AsyncClient:
         self._retry = retry or RetryPolicy()
         self.prompts = AsyncPrompts(self._send)
         """What the server can serve: publish it, look at it, roll it back."""
+        self.trainings = AsyncTrainings(self._send, self._retry)
+        """Prompts that the server's workers learn: ask for one, follow it, end it."""
 
     async def predict(
         self,

@@ -16,6 +16,7 @@ from promptmux._images import ImageSource
 from promptmux._models import Answer, Delta, Item, Priority, Task
 from promptmux._prompts import Prompts
 from promptmux._retry import RetryPolicy
+from promptmux._trainings import Trainings
 from promptmux._wire import Call
 
 
@@ -35,6 +36,8 @@ class Client:
         self._retry = retry or RetryPolicy()
         self.prompts = Prompts(self._send)
         """What the server can serve: publish it, look at it, roll it back."""
+        self.trainings = Trainings(self._send, self._retry)
+        """Prompts that the server's workers learn: ask for one, follow it, end it."""
 
     def predict(
         self,

@@ -51,6 +51,12 @@ RULES: Mapping[tuple[str, str], Rule] = MappingProxyType(
         ("POST", "/v1/prompts/{name}/rollback"): ADMIN,
         ("POST", "/v1/prompts/{name}/pin"): ADMIN,
         ("POST", "/v1/prompts/{name}/unpin"): ADMIN,
+        # A training reads files of the server, keeps its machine busy for hours, and may publish what comes of it.
+        ("POST", "/v1/trainings"): ADMIN,
+        ("GET", "/v1/trainings"): ADMIN,
+        ("GET", "/v1/trainings/{id}"): ADMIN,
+        ("DELETE", "/v1/trainings/{id}"): ADMIN,
+        ("GET", "/v1/trainings/{id}/events"): ADMIN,
     }
 )
 

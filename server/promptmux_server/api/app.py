@@ -38,6 +38,7 @@ from promptmux_server.api.metrics import Metrics
 from promptmux_server.api.predict import Predictor
 from promptmux_server.api.prompts import Prompts, add_prompts
 from promptmux_server.api.schemas import FanoutRequest, PredictItem, PredictRequest
+from promptmux_server.api.trainings import Trainings, add_trainings
 from promptmux_server.engine.request import EnginePort
 from promptmux_server.errors import BackendUnhealthy, Draining, PromptmuxError, PromptNotFound
 from promptmux_server.settings import Settings
@@ -88,6 +89,7 @@ def build_app(engine: EnginePort, settings: Settings, backbone_name: str, keys: 
     desk_of_prompts = Prompts(engine.prompts, lifecycle, metrics)
     _add_tasks(app, engine, desk_of_prompts)
     add_prompts(app, desk_of_prompts)
+    add_trainings(app, Trainings(settings, lifecycle))
     _add_health(app, engine, settings, lifecycle, backbone_name)
     complete(app)
     edge = Edge(app, settings, metrics, Access(app.routes, keys), engine.prompts.max_bytes)

@@ -1,4 +1,4 @@
-"""What a request about a prompt says outside its body: name, digest, condition, page. Checked here, before any work.
+"""What a request says outside its body: name, digest, condition, page, key. Checked here, before any work.
 
 Owns their forms. What a condition means for a change is the store's.
 """
@@ -20,6 +20,7 @@ LONGEST_AFTER = 255
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ETAG = re.compile(r'"([0-9]{1,9})"')
 _NUMBER = re.compile(r"[0-9]{1,9}")
+_KEY = re.compile(r"[!-~]{1,255}")
 
 
 def new_name(name: str) -> str:
@@ -66,11 +67,19 @@ def expected_version(request: Request) -> Expected:
     return int(etag[1])
 
 
-def page(request: Request, default: int = DEFAULT_PAGE) -> tuple[str, int]:
+def idempotency_key(request: Request) -> str | None:
+    """`Idempotency-Key`, by which a call that is sent again is known."""
+    given = request.headers.getlist("idempotency-key")
+    if len(given) > 1 or not all(_KEY.fullmatch(key) for key in given):
+        raise InvalidParameter("Send one Idempotency-Key of 1 to 255 visible characters.", param="Idempotency-Key")
+    return given[0] if given else None
+
+
+def page(request: Request, default: int = DEFAULT_PAGE, largest: int = LARGEST_PAGE) -> tuple[str, int]:
     """`after` and `limit` of a listing."""
     after, limit = request.query_params.get("after", ""), request.query_params.get("limit", str(default))
     if len(after) > LONGEST_AFTER:
         raise InvalidParameter("`after` is the name behind which the page begins.", param="after")
-    if not _NUMBER.fullmatch(limit) or not 1 <= int(limit) <= LARGEST_PAGE:
-        raise InvalidParameter(f"`limit` is from 1 to {LARGEST_PAGE}.", param="limit")
+    if not _NUMBER.fullmatch(limit) or not 1 <= int(limit) <= largest:
+        raise InvalidParameter(f"`limit` is from 1 to {largest}.", param="limit")
     return after, int(limit)

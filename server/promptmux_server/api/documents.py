@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 
-from promptmux_server.api.schemas import FanoutRequest, PredictRequest, RollbackRequest
+from promptmux_server.api.schemas import FanoutRequest, PredictRequest, RollbackRequest, TrainingPost
 
 REF = "#/components/schemas/{model}"
 
@@ -187,7 +187,7 @@ def takes(*models: type[BaseModel]) -> dict[str, Any]:
 
 def complete(app: FastAPI) -> None:
     """Add the request models to the document, which FastAPI makes of the routes alone; call it after the last one."""
-    for model in (PredictRequest, FanoutRequest, RollbackRequest):
+    for model in (PredictRequest, FanoutRequest, RollbackRequest, TrainingPost):
         schema = model.model_json_schema(ref_template=REF)
         parts = schema.pop("$defs", {})
         app.openapi()["components"]["schemas"] |= {**parts, model.__name__: schema}

@@ -16,7 +16,7 @@ from typing import Literal, Self, get_args
 from promptmux_server.errors import Unauthorized
 
 KeyScope = Literal["infer", "eval", "admin"]
-"""Ask; run evaluations; change what is served. None includes another."""
+"""Ask; run evaluations; change what is served, by training too. None includes another."""
 SCOPES = frozenset(get_args(KeyScope))
 MIN_WEIGHT, MAX_WEIGHT = 0.01, 100.0
 

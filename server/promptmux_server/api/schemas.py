@@ -91,6 +91,16 @@ class RollbackRequest(_Strict):
     version: int | None = Field(None, ge=1, le=999_999_999)
 
 
+class TrainingPost(_Strict):
+    """A training: its configuration, and how it is queued."""
+
+    config: str | dict[str, Any] = Field(description="TOML, or the same as an object: docs/training.md.")
+    priority: int = Field(0, ge=-1000, le=1000, description="Higher ones are begun first; of equal ones the older.")
+    metadata: Annotated[
+        dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+    ] = Field(default_factory=dict, description="Your own words, given back with the training.")
+
+
 _PREDICT_FIELDS = PredictItem.model_fields.keys() | PredictRequest.model_fields.keys() | Decoding.model_fields.keys()
 _FANOUT_FIELDS = FanoutTask.model_fields.keys() | FanoutRequest.model_fields.keys() | Decoding.model_fields.keys()
 
@@ -120,6 +130,14 @@ def parse_rollback(raw: Any) -> RollbackRequest:
         return RollbackRequest.model_validate(raw)
     except ValidationError as error:
         _explain(error, RollbackRequest.model_fields.keys())
+
+
+def parse_training(raw: Any) -> TrainingPost:
+    """The same for the body of a training; its configuration is checked by whoever reads it."""
+    try:
+        return TrainingPost.model_validate(raw)
+    except ValidationError as error:
+        _explain(error, TrainingPost.model_fields.keys())
 
 
 def decoding_of(question: PredictItem | FanoutTask) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from promptmux_server.cli.output import JsonOption, fail, print_json, print_table
+from promptmux_server.cli.output import DEFAULT_URL, JsonOption, UrlOption, fail, print_json, print_table
 from promptmux_server.cli.signals import asked_to_stop
 
 if TYPE_CHECKING:
@@ -19,12 +19,11 @@ StateOption = Annotated[
     Path, typer.Option("--state", help="Directory of what the server keeps.", envvar="PROMPTMUX_STATE")
 ]
 DEFAULT_STATE = Path("var/state")
-FILE = "jobs.sqlite"
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="Of the job.")]
 
 
 def register(app: typer.Typer) -> None:
-    app.command(epilog="Example: `promptmux worker --once`")(worker)
+    app.command(epilog="Example: `promptmux worker --push --url http://127.0.0.1:8000`")(worker)
     jobs = typer.Typer(name="jobs", help="See and end what workers do.", no_args_is_help=True)
     app.add_typer(jobs)
     jobs.command("list", epilog="Example: promptmux jobs list --json")(list_all)
@@ -36,7 +35,7 @@ def job_table(state: Path) -> JobTable:
     """The table in a state directory; it is made if it is not there."""
     import sqlite3
 
-    from promptmux_server.jobs import JobTable
+    from promptmux_server.jobs import FILE, JobTable
 
     try:
         return JobTable(state / FILE)
@@ -46,13 +45,23 @@ def job_table(state: Path) -> JobTable:
 
 def worker(
     once: Annotated[bool, typer.Option("--once", help="End when no job waits.")] = False,
+    push: Annotated[
+        bool,
+        typer.Option(
+            "--push", help="Publish the prompts whose jobs ask for it, if they are better than what is served."
+        ),
+    ] = False,
     state: StateOption = DEFAULT_STATE,
+    url: UrlOption = DEFAULT_URL,
 ) -> None:
-    """Run queued trainings, one after another. Ctrl-C keeps a checkpoint and gives the job back."""
+    """Run queued trainings, one after another. Ctrl-C keeps a checkpoint and gives the job back.
+
+    With --push it needs a key of scope `admin` in PROMPTMUX_API_KEY, where the server asks for one.
+    """
     from promptmux_server.cli.working import work
 
     with asked_to_stop() as stop:
-        taken = work(job_table(state), stop, once=once)
+        taken = work(job_table(state), stop, once=once, url=url if push else None)
     typer.echo(f"jobs taken: {taken}")
 
 
@@ -62,7 +71,10 @@ def list_all(state: StateOption = DEFAULT_STATE, as_json: JsonOption = False) ->
     if as_json:
         print_json([asdict(job) for job in jobs])
         return
-    rows = [(j.id, str(j.payload.get("name", "")), j.state, str(j.attempts), _time(j.created)) for j in jobs]
+    rows = [
+        (j.id, str(j.payload.get("task") or j.payload.get("name", "")), j.state, str(j.attempts), _time(j.created))
+        for j in jobs
+    ]
     print_table(("id", "job", "state", "attempts", "asked for"), rows)
 
 

@@ -16,17 +16,22 @@ if TYPE_CHECKING:
 @contextmanager
 def connected(url: str, name: str = "") -> Iterator[Client]:
     """A client of the server; what it raises about the prompt `name` is explained and ends the command."""
-    from promptmux import Client, PromptmuxError, VersionMismatch
+    from promptmux import Client, PromptmuxError
 
     with Client(url) as client:
         try:
             yield client
-        except VersionMismatch as error:
-            fail(moved_on(error, client, name))
-        except PromptmuxError as error:
-            fail(explain(error))
-        except ValueError as error:  # what the client does not even send: a name that cannot be one
-            fail(str(error))
+        except (PromptmuxError, ValueError) as error:
+            fail(told(error, client, name))
+
+
+def told(error: PromptmuxError | ValueError, client: Client, name: str) -> str:
+    """What an error about the prompt `name` means; a ValueError is what the client does not even send."""
+    from promptmux import PromptmuxError, VersionMismatch
+
+    if isinstance(error, VersionMismatch):
+        return moved_on(error, client, name)
+    return explain(error) if isinstance(error, PromptmuxError) else str(error)
 
 
 def explain(error: PromptmuxError) -> str:

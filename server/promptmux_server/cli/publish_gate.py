@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
-from promptmux import NotFound
-from promptmux_prompts import Prompt, PromptFileError, PromptShape, read_prompt
-from promptmux_server.cli.prompt_refusals import connected
+from promptmux import Client, NotFound
+from promptmux_prompts import Prompt, PromptFileError, PromptShape, read_prompt, write_prompt
+from promptmux_server.cli.training_scores import score_served
+from promptmux_server.training.job import Job
+from promptmux_server.training.job_config import JobConfig
 
 Measure = Callable[[Prompt], float]
 """The score of any prompt on the samples that the trained one was scored on."""
@@ -32,27 +34,48 @@ class Verdict:
 
 
 def publish_if_better(
-    url: str, name: str, prompt: Prompt, data: bytes, measure: Measure, *, margin: float, shape: PromptShape
+    client: Client, name: str, prompt: Prompt, data: bytes, measure: Measure, *, margin: float, shape: PromptShape
 ) -> Verdict:
-    """Ask the server what it serves, compare, and publish against exactly that version; `data` is the prompt's file."""
+    """Ask the server what it serves, compare, and publish against exactly that version; `data` is the prompt's file.
+
+    Done again, it publishes nothing twice. Raises the client's PromptmuxError, and ValueError for what is no name.
+    """
     score = _own_score(prompt)
-    with connected(url, name) as client:
-        try:
-            current = client.prompts.get(name)
-        except NotFound:
-            pushed = client.prompts.push(name, data, create_only=True)
-            return Verdict(True, "nothing was served under this name", pushed.version)
-        try:
-            file = client.prompts.pull(name, current.version)
-            served = read_prompt(file, shape=shape, fingerprint=prompt.manifest.fingerprint, dtype=torch.float32)
-        except PromptFileError as error:
-            return Verdict(False, f"version {current.version} cannot be compared with it: {error}")
-        before = measure(served)
-        against = f"it scores {score:.4f}, and version {current.version} scores {before:.4f}"
-        if score <= before + margin:
-            return Verdict(False, f"{against} (margin {margin:g})", served_score=before)
-        pushed = client.prompts.push(name, data, if_version=current.version)
-        return Verdict(True, against, pushed.version, before)
+    try:
+        current = client.prompts.get(name)
+    except NotFound:
+        pushed = client.prompts.push(name, data, create_only=True)
+        return Verdict(True, "nothing was served under this name", pushed.version)
+    if current.sha256 == prompt.digest:
+        return Verdict(True, f"version {current.version} is this prompt already", current.version)
+    try:
+        file = client.prompts.pull(name, current.version)
+        served = read_prompt(file, shape=shape, fingerprint=prompt.manifest.fingerprint, dtype=torch.float32)
+    except PromptFileError as error:
+        return Verdict(False, f"version {current.version} cannot be compared with it: {error}")
+    before = measure(served)
+    against = f"it scores {score:.4f}, and version {current.version} scores {before:.4f}"
+    if score <= before + margin:
+        return Verdict(False, f"{against} (margin {margin:g})", served_score=before)
+    pushed = client.prompts.push(name, data, if_version=current.version)
+    return Verdict(True, against, pushed.version, before)
+
+
+def gate_of(client: Client, job: Job, prompt: Prompt) -> Verdict:
+    """The same for what a job has learned, under the name and by the margin of its configuration."""
+    return publish_if_better(
+        client,
+        published_name(job.config),
+        prompt,
+        write_prompt(prompt),
+        lambda other: score_served(job.backbone, other, job.exam).value,
+        margin=job.config.publish.margin,
+        shape=job.backbone.loaded.prompt_shape,
+    )
+
+
+def published_name(config: JobConfig) -> str:
+    return config.publish.name or config.task.name
 
 
 def _own_score(prompt: Prompt) -> float:

@@ -45,6 +45,8 @@ def serve(
     except ValidationError as error:
         fail("; ".join(f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors()))
 
+    if settings.training_root is not None and not settings.training_root.is_dir():
+        fail(f"there is no folder {settings.training_root} for trainings (PROMPTMUX_TRAINING_ROOT)")
     restart_tuned()
     from promptmux_prompts import StoreError
     from promptmux_server.api.keys import KeyFileError

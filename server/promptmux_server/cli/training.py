@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from promptmux_server.cli.training_scores import Kept
     from promptmux_server.jobs import JobTable
     from promptmux_server.training.job import Job, Learned
+    from promptmux_server.training.job_config import JobConfig
 
 STOPPED = 130
 """Exit status of a run that was asked to stop."""
@@ -58,7 +59,7 @@ def train(
     from promptmux_server.pocket import WEIGHTS
     from promptmux_server.training.curve import write_durably
     from promptmux_server.training.job import Job
-    from promptmux_server.training.job_config import read_job
+    from promptmux_server.training.job_config import kept_as, read_job
     from promptmux_server.training.job_parts import open_backbone
 
     try:
@@ -66,13 +67,13 @@ def train(
         if push and job_config.method.name != "prompt":
             fail(f"only prompts are published, and {job_config.method.name} trains weights: leave --push out.")
         if queue:
-            _queue(config, written, job_table(state), priority)
+            _queue(job_table(state), job_config, config, written, priority=priority, push=push)
             return
         torch.set_num_threads(job_config.machine.threads or usable_cores())
         backbone = open_backbone(job_config, WEIGHTS)
         with Job(job_config, backbone, score_served) as job:
             begun = job.resume(changed_recipe=changed_recipe)
-            write_durably(job_config.output / "config.toml", written)
+            write_durably(job_config.output / kept_as(config.name), written)
             _run(job, begun)
             kept = keep_learned(job)
             verdict = _push(job, kept.learned, url) if push else None
@@ -81,10 +82,18 @@ def train(
     _report(kept, verdict, as_json=as_json)
 
 
-def _queue(config: Path, written: bytes, table: JobTable, priority: int) -> None:
+def _queue(table: JobTable, job: JobConfig, config: Path, written: bytes, *, priority: int, push: bool) -> None:
     """Leave a job that was checked to a worker on this machine, which finds its files where they are now."""
-    payload = {"config": written.decode(), "name": config.name, "folder": str(config.resolve().parent)}
-    typer.echo(table.submit("training", payload, priority=priority).id)
+    from promptmux_server.jobs.trainings import TrainingRequest, submit
+
+    request = TrainingRequest(
+        config=written.decode(),
+        name=config.name,
+        folder=str(config.resolve().parent),
+        task=job.task.name,
+        publish=push or job.asks_to_be_published,
+    )
+    typer.echo(submit(table, request, job.output, priority=priority).id)
 
 
 def _run(job: Job, begun: int) -> None:
@@ -112,21 +121,14 @@ def _run(job: Job, begun: int) -> None:
         raise typer.Exit(STOPPED)
 
 
-def _push(job: Job, prompt: Learned, url: str) -> Verdict:
-    from promptmux_prompts import Prompt, write_prompt
-    from promptmux_server.cli.publish_gate import publish_if_better
-    from promptmux_server.cli.training_scores import score_served
+def _push(job: Job, learned: Learned, url: str) -> Verdict:
+    from promptmux_prompts import Prompt
+    from promptmux_server.cli.prompt_refusals import connected
+    from promptmux_server.cli.publish_gate import gate_of, published_name
 
-    assert isinstance(prompt, Prompt)
-    return publish_if_better(
-        url,
-        job.config.publish.name or prompt.manifest.name,
-        prompt,
-        write_prompt(prompt),
-        lambda other: score_served(job.backbone, other, job.exam).value,
-        margin=job.config.publish.margin,
-        shape=job.backbone.loaded.prompt_shape,
-    )
+    assert isinstance(learned, Prompt)
+    with connected(url, published_name(job.config)) as client:
+        return gate_of(client, job, learned)
 
 
 def _report(kept: Kept, verdict: Verdict | None, *, as_json: bool) -> None:

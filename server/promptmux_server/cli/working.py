@@ -6,33 +6,39 @@ a worker that is asked to stop keeps a checkpoint and gives the job back.
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from promptmux_prompts import Prompt
 from promptmux_server.cli.machine import usable_cores
 from promptmux_server.cli.training_scores import keep_learned, score_served
-from promptmux_server.errors import LeaseLost, PromptmuxError, RunHeld
+from promptmux_server.cli.worker_publishing import publish
+from promptmux_server.errors import Internal, LeaseLost, PromptmuxError, RunHeld
 from promptmux_server.jobs import Claim, JobTable
+from promptmux_server.jobs.trainings import KIND, TrainingRequest
 from promptmux_server.pocket import WEIGHTS
 from promptmux_server.training.curve import write_durably
 from promptmux_server.training.job import Event, Job, Scored, Stepped, Stopped
-from promptmux_server.training.job_config import parse_job
+from promptmux_server.training.job_config import kept_as
 from promptmux_server.training.job_parts import open_backbone
 
-KIND = "training"
 LEASE_S = 60.0
+BEAT_S = 2.0
+"""Between two looks whether a job was cancelled, at most; each prolongs the lease."""
 TOLD_EVERY_S = 1.0
 """Between two steps that a job tells of; scores are told always."""
 
 Stop = Callable[[], bool]
+
+log = logging.getLogger(__name__)
 
 
 class _Lease:
@@ -54,18 +60,36 @@ class _Lease:
             thread.join()
 
     def _keep(self) -> None:
-        while not self._done.wait(self._lease_s / 4):
+        while not self._done.wait(min(BEAT_S, self._lease_s / 4)):
             try:
-                self.cancelled |= self._table.prolong(self._claim, self._lease_s)
+                self.beat()
             except LeaseLost:
-                self.lost = True
                 return
             except sqlite3.OperationalError:
                 continue  # a disk or a table that is busy: there is time for another try before the lease ends
 
+    def beat(self) -> None:
+        """Prolong it, and learn whether the job was cancelled; raises LeaseLost."""
+        try:
+            self.cancelled |= self._table.prolong(self._claim, self._lease_s)
+        except LeaseLost:
+            self.lost = True
+            raise
 
-def work(table: JobTable, stop: Stop, *, once: bool = False, lease_s: float = LEASE_S, idle_s: float = 1.0) -> int:
-    """Run jobs until told to stop, or with `once` until none waits; how many were taken."""
+
+def work(
+    table: JobTable,
+    stop: Stop,
+    *,
+    once: bool = False,
+    url: str | None = None,
+    lease_s: float = LEASE_S,
+    idle_s: float = 1.0,
+) -> int:
+    """Run jobs until told to stop, or with `once` until none waits; how many were taken.
+
+    `url` is the server that prompts are published into; None: nowhere.
+    """
     taken = 0
     while not stop():
         claim = table.claim((KIND,), lease_s)
@@ -74,7 +98,7 @@ def work(table: JobTable, stop: Stop, *, once: bool = False, lease_s: float = LE
                 break
             time.sleep(idle_s)
             continue
-        if _work_on(table, claim, stop, lease_s):
+        if _work_on(table, claim, stop, url, lease_s):
             taken += 1
         elif once:
             break
@@ -83,20 +107,24 @@ def work(table: JobTable, stop: Stop, *, once: bool = False, lease_s: float = LE
     return taken
 
 
-def _work_on(table: JobTable, claim: Claim, stop: Stop, lease_s: float) -> bool:
+def _work_on(table: JobTable, claim: Claim, stop: Stop, url: str | None, lease_s: float) -> bool:
     """Whether the job could be begun."""
     lease = _Lease(table, claim, lease_s)
     with suppress(LeaseLost):  # then another worker has it, and goes on from the checkpoint
         try:
             with lease.kept():
-                result = _run(table, claim, lambda: stop() or lease.cancelled or lease.lost)
+                result = _run(table, claim, lease, stop, url)
         except RunHeld:
             table.give_back(claim)  # a worker that lost its lease has not noticed yet
             return False
-        except LeaseLost:
+        except (LeaseLost, sqlite3.Error):
             raise
         except PromptmuxError as error:
             table.fail(claim, error.code, error.message)
+            return True
+        except Exception:  # a number that no tensor has room for, or a bug: the jobs behind it are not to blame
+            log.exception("job %s failed", claim.job.id)
+            table.fail(claim, Internal.code, "The worker failed on this job; its log says why.")
             return True
         if result is not None:
             table.succeed(claim, result)
@@ -107,20 +135,28 @@ def _work_on(table: JobTable, claim: Claim, stop: Stop, lease_s: float) -> bool:
     return True
 
 
-def _run(table: JobTable, claim: Claim, stop: Stop) -> dict[str, Any] | None:
+def _run(table: JobTable, claim: Claim, lease: _Lease, stop: Stop, url: str | None) -> dict[str, Any] | None:
     """One job to its end; None if it was stopped before."""
-    payload = claim.job.payload
-    config = parse_job(payload["config"], payload["name"], Path(payload["folder"]))
+    request = TrainingRequest.of(claim.job.payload)
+    config = request.parsed()
     torch.set_num_threads(config.machine.threads or usable_cores())
     with Job(config, open_backbone(config, WEIGHTS), score_served) as job:
         job.resume()
-        write_durably(config.output / "config.toml", payload["config"].encode())
+        write_durably(config.output / kept_as(request.name), request.config.encode())
         tell = _teller(table, claim)
-        for event in job.events(stop):
+        for event in job.events(lambda: stop() or lease.cancelled or lease.lost):
             if isinstance(event, Stopped):
                 return None
             tell(event)
-        return keep_learned(job).told()
+        kept, verdict = keep_learned(job), None
+        if request.publish:
+            lease.beat()  # nothing is published for a job that was cancelled, or is another worker's by now
+            if lease.cancelled:
+                return None
+            assert isinstance(kept.learned, Prompt), "a configuration that trains weights asks for no publication"
+            verdict = publish(job, kept.learned, url)
+            table.tell(claim, "publish", verdict)
+        return {**kept.told(), "publish": verdict}
 
 
 def _teller(table: JobTable, claim: Claim) -> Callable[[Event], None]:

@@ -1,6 +1,6 @@
 """Work that takes longer than a request and outlives processes: a durable table of jobs, for servers and workers."""
 
-from promptmux_server.jobs.job import Job, JobEvent, State
-from promptmux_server.jobs.table import Claim, JobTable
+from promptmux_server.jobs.job import ENDED, Job, JobEvent, State
+from promptmux_server.jobs.table import FILE, Claim, JobTable
 
-__all__ = ["Claim", "Job", "JobEvent", "JobTable", "State"]
+__all__ = ["ENDED", "FILE", "Claim", "Job", "JobEvent", "JobTable", "State"]

@@ -27,6 +27,9 @@ class Job:
     """Times that a worker began it."""
     max_attempts: int
     created: float
+    started: float | None
+    """When a worker first began it."""
+    finished: float | None
     cancel_requested: bool
     result: Mapping[str, Any] | None
     error: Mapping[str, Any] | None

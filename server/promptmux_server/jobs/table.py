@@ -18,29 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from promptmux_server.errors import IdempotencyConflict, JobNotFound, LeaseLost
-from promptmux_server.jobs.job import Job, JobEvent, State
+from promptmux_server.errors import IdempotencyConflict, JobConflict, JobNotFound, LeaseLost, TenantQueueFull
+from promptmux_server.jobs.job import ENDED, Job, JobEvent, State
+from promptmux_server.jobs.schema import COLUMNS, job_of, prepare
+
+FILE = "jobs.sqlite"
+"""Of the table, in the directory of what the server keeps: servers, workers and commands so find the same one."""
 
 BUSY_S = 10.0
 """How long a writer waits for another's transaction."""
 EVENTS_KEPT = 2000
 """Of each job, the last ones."""
 LOST = json.dumps({"code": "worker_lost", "message": "Its workers died. Look at their logs, and ask for it again."})
-
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS jobs (
-    id TEXT PRIMARY KEY, kind TEXT NOT NULL, payload TEXT NOT NULL, owner TEXT NOT NULL, priority INTEGER NOT NULL,
-    state TEXT NOT NULL, attempts INTEGER NOT NULL DEFAULT 0, max_attempts INTEGER NOT NULL, created REAL NOT NULL,
-    cancel_requested INTEGER NOT NULL DEFAULT 0, result TEXT, error TEXT,
-    idempotency_key TEXT, asked_sha256 TEXT NOT NULL, lease_until REAL, UNIQUE (owner, idempotency_key)
-);
-CREATE INDEX IF NOT EXISTS waiting ON jobs (state, priority DESC, created);
-CREATE TABLE IF NOT EXISTS events (
-    job TEXT NOT NULL REFERENCES jobs (id), number INTEGER NOT NULL, at REAL NOT NULL, name TEXT NOT NULL,
-    data TEXT NOT NULL, PRIMARY KEY (job, number)
-) WITHOUT ROWID;
-"""
-COLUMNS = "id, kind, payload, owner, priority, state, attempts, max_attempts, created, cancel_requested, result, error"
 
 
 @dataclass(frozen=True)
@@ -58,7 +47,7 @@ class JobTable:
         self._path, self._clock = path, clock
         with self._connected() as database:
             database.execute("PRAGMA journal_mode = WAL")
-            database.executescript(SCHEMA)
+            prepare(database)
 
     # -- For those who ask
 
@@ -71,9 +60,14 @@ class JobTable:
         priority: int = 0,
         max_attempts: int = 3,
         idempotency_key: str | None = None,
+        folder: str | None = None,
+        most_waiting: int | None = None,
     ) -> Job:
-        """Queue a job. An owner's repeated key gives the job that it gave before; raises IdempotencyConflict if it
-        asks for something else."""
+        """Queue a job. An owner's repeated key gives the job that it gave before.
+
+        `folder` is what no other job may write to until this one has ended, `most_waiting` how many jobs of its owner
+        may wait. Raises IdempotencyConflict for a key that asked for something else, JobConflict, TenantQueueFull.
+        """
         asked = json.dumps([kind, payload, priority], sort_keys=True)
         sha256, job_id = hashlib.sha256(asked.encode()).hexdigest(), secrets.token_hex(12)
         with self._changing() as database:
@@ -84,9 +78,12 @@ class JobTable:
                 if before[1] != sha256:
                     raise IdempotencyConflict("This idempotency key was used for another job: choose a new one.")
                 return self._job(database, before[0])
+            self._give_up_the_lost(database, self._clock())
+            self._check_free(database, folder)
+            self._check_room(database, owner, most_waiting)
             database.execute(
                 "INSERT INTO jobs (id, kind, payload, owner, priority, state, max_attempts, created, idempotency_key, "
-                "asked_sha256) VALUES (?, ?, ?, ?, ?, 'queued', ?, ?, ?, ?)",
+                "asked_sha256, folder) VALUES (?, ?, ?, ?, ?, 'queued', ?, ?, ?, ?, ?)",
                 (
                     job_id,
                     kind,
@@ -97,6 +94,7 @@ class JobTable:
                     self._clock(),
                     idempotency_key,
                     sha256,
+                    folder,
                 ),
             )
             self._add_event(database, job_id, "queued", {})
@@ -107,18 +105,34 @@ class JobTable:
         with self._connected() as database:
             return self._job(database, job_id)
 
-    def newest(self, limit: int, owner: str | None = None) -> list[Job]:
-        """The youngest jobs, of one owner or of all."""
+    def newest(
+        self,
+        limit: int,
+        owner: str | None = None,
+        *,
+        kind: str | None = None,
+        state: State | None = None,
+        before: str | None = None,
+    ) -> list[Job]:
+        """The youngest jobs, of one owner, kind or state or of all; `before` is the job behind which a page begins.
+
+        Raises JobNotFound for a `before` that there is not.
+        """
         with self._connected() as database:
+            if before is not None:
+                self._job(database, before)
             rows = database.execute(
-                f"SELECT {COLUMNS} FROM jobs WHERE ?1 IS NULL OR owner = ?1 ORDER BY created DESC, rowid DESC LIMIT ?2",
-                (owner, limit),
+                f"SELECT {COLUMNS} FROM jobs WHERE (?1 IS NULL OR owner = ?1) AND (?2 IS NULL OR kind = ?2) "
+                "AND (?3 IS NULL OR state = ?3) AND (?4 IS NULL OR rowid < (SELECT rowid FROM jobs WHERE id = ?4)) "
+                "ORDER BY rowid DESC LIMIT ?5",
+                (owner, kind, state, before, limit),
             )
-            return [_job_of(row) for row in rows]
+            return [job_of(row) for row in rows]
 
     def cancel(self, job_id: str) -> Job:
         """End a job that waits; ask the worker of one that runs to end it; leave alone one that has ended."""
         with self._changing() as database:
+            self._give_up_the_lost(database, self._clock())  # or nobody would end one whose worker died
             job = self._job(database, job_id)
             if job.state == "queued":
                 self._end(database, job_id, "cancelled")
@@ -126,15 +140,20 @@ class JobTable:
                 database.execute("UPDATE jobs SET cancel_requested = 1 WHERE id = ?", (job_id,))
             return self._job(database, job_id)
 
-    def events(self, job_id: str, after: int = 0) -> list[JobEvent]:
-        """What a job has told behind event number `after`; raises JobNotFound."""
+    def events(self, job_id: str, after: int = 0, limit: int = EVENTS_KEPT) -> list[JobEvent]:
+        """What a job has told behind event number `after`, the first of it; raises JobNotFound."""
         with self._connected() as database:
-            self._job(database, job_id)
+            self._state(database, job_id)
             rows = database.execute(
-                "SELECT number, at, name, data FROM events WHERE job = ? AND number > ? ORDER BY number",
-                (job_id, after),
+                "SELECT number, at, name, data FROM events WHERE job = ? AND number > ? ORDER BY number LIMIT ?",
+                (job_id, after, limit),
             )
             return [JobEvent(number, at, name, json.loads(data)) for number, at, name, data in rows]
+
+    def ended(self, job_id: str) -> bool:
+        """Whether a job has told its last event; raises JobNotFound."""
+        with self._connected() as database:
+            return self._state(database, job_id) in ENDED
 
     # -- For workers
 
@@ -145,15 +164,16 @@ class JobTable:
             self._give_up_the_lost(database, now)
             marks = ", ".join("?" * len(kinds))
             row = database.execute(
-                f"UPDATE jobs SET state = 'running', attempts = attempts + 1, lease_until = ? WHERE id = ("
+                "UPDATE jobs SET state = 'running', attempts = attempts + 1, lease_until = ?, "
+                "started = COALESCE(started, ?) WHERE id = ("
                 f"SELECT id FROM jobs WHERE state = 'queued' AND kind IN ({marks}) "
                 "ORDER BY priority DESC, created, rowid LIMIT 1"
                 f") RETURNING {COLUMNS}",
-                (now + lease_s, *kinds),
+                (now + lease_s, now, *kinds),
             ).fetchone()
             if row is None:
                 return None
-            job = _job_of(row)
+            job = job_of(row)
             self._add_event(database, job.id, "started", {"attempt": job.attempts})
             return Claim(job)
 
@@ -191,6 +211,24 @@ class JobTable:
 
     # -- Within a transaction
 
+    def _check_free(self, database: sqlite3.Connection, folder: str | None) -> None:
+        other = database.execute(
+            "SELECT id FROM jobs WHERE folder = ? AND state IN ('queued', 'running')", (folder,)
+        ).fetchone()
+        if other is not None:
+            raise JobConflict(
+                f"Job {other[0]} has not ended and writes to the same folder: choose another `output`, or wait."
+            )
+
+    def _check_room(self, database: sqlite3.Connection, owner: str, most_waiting: int | None) -> None:
+        if most_waiting is None:
+            return
+        (waiting,) = database.execute(
+            "SELECT COUNT(*) FROM jobs WHERE owner = ? AND state = 'queued'", (owner,)
+        ).fetchone()
+        if waiting >= most_waiting:
+            raise TenantQueueFull(f"{waiting} of your jobs wait already: cancel some, or wait.", retry_after_s=30)
+
     def _give_up_the_lost(self, database: sqlite3.Connection, now: float) -> None:
         lost = database.execute(
             "SELECT id, attempts >= max_attempts, cancel_requested FROM jobs "
@@ -219,9 +257,10 @@ class JobTable:
         error: Mapping[str, Any] | None = None,
     ) -> None:
         database.execute(
-            "UPDATE jobs SET state = ?, result = ?, error = ?, lease_until = NULL WHERE id = ?",
+            "UPDATE jobs SET state = ?, finished = ?, result = ?, error = ?, lease_until = NULL WHERE id = ?",
             (
                 state,
+                self._clock(),
                 None if result is None else json.dumps(result),
                 None if error is None else json.dumps(error),
                 job_id,
@@ -240,7 +279,14 @@ class JobTable:
         row = database.execute(f"SELECT {COLUMNS} FROM jobs WHERE id = ?", (job_id,)).fetchone()
         if row is None:
             raise JobNotFound("There is no such job.")
-        return _job_of(row)
+        return job_of(row)
+
+    def _state(self, database: sqlite3.Connection, job_id: str) -> State:
+        row = database.execute("SELECT state FROM jobs WHERE id = ?", (job_id,)).fetchone()
+        if row is None:
+            raise JobNotFound("There is no such job.")
+        state: State = row[0]
+        return state
 
     @contextmanager
     def _held(self, claim: Claim) -> Iterator[sqlite3.Connection]:
@@ -258,7 +304,8 @@ class JobTable:
             try:
                 yield database
             except BaseException:
-                database.execute("ROLLBACK")
+                if database.in_transaction:  # a full disk has ended it already
+                    database.execute("ROLLBACK")
                 raise
             database.execute("COMMIT")
 
@@ -270,21 +317,3 @@ class JobTable:
             yield database
         finally:
             database.close()
-
-
-def _job_of(row: tuple[Any, ...]) -> Job:
-    job_id, kind, payload, owner, priority, state, attempts, max_attempts, created, cancel, result, error = row
-    return Job(
-        id=job_id,
-        kind=kind,
-        payload=json.loads(payload),
-        owner=owner,
-        priority=priority,
-        state=state,
-        attempts=attempts,
-        max_attempts=max_attempts,
-        created=created,
-        cancel_requested=bool(cancel),
-        result=None if result is None else json.loads(result),
-        error=None if error is None else json.loads(error),
-    )

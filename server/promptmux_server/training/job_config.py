@@ -1,4 +1,4 @@
-"""What one training job is, as written in a TOML file: nouns, defaults, bounds, and what is said about mistakes.
+"""What one training job is, as written in TOML or JSON: nouns, defaults, bounds, and what is said about mistakes.
 
 Owns the file's sections and where in the file a mistake stands. Opens none of the files that are named.
 """
@@ -26,6 +26,12 @@ from promptmux_server.training.recipe import ComputeRecipe, PromptRecipe, StepRe
 
 Count = Annotated[int, Field(ge=1)]
 MOST_BYTES = 1 << 20
+MOST_TOLD, MOST_DETAILED = 20, 5
+"""Mistakes that are told of at once, in words and for programs."""
+UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+DEEP_KEY = re.compile(r"""^[ \t]*(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){9}""", re.MULTILINE)
+"""A name of more parts than any setting has. The time that the parser takes grows with the square of their number:
+16,000 took it 2.4 s."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,12 +127,22 @@ class JobConfig(BaseModel):
     publish: PublishConfig = PublishConfig()
 
     @property
+    def asks_to_be_published(self) -> bool:
+        """Whether the section `[publish]` is there, be it empty."""
+        return "publish" in self.model_fields_set
+
+    @property
     def cache_folder(self) -> Path:
         return self.cache or self.output / "cache"
 
     @property
     def validate_every(self) -> int:
         return self.run.validate_every or max(1, self.steps.steps // 10)
+
+
+def kept_as(name: str) -> str:
+    """What the copy of a configuration is called in the output folder."""
+    return "config.json" if name.endswith(".json") else "config.toml"
 
 
 def read_job(path: Path) -> tuple[JobConfig, bytes]:
@@ -143,20 +159,28 @@ def read_job(path: Path) -> tuple[JobConfig, bytes]:
 
 
 def parse_job(text: str, name: str, folder: Path) -> JobConfig:
-    """A job from a file's text; `name` is for messages, `folder` is where relative paths start."""
+    """A job from a file's text, JSON if `name` ends so; `folder` is where relative paths start.
+
+    Raises TrainingConfigError, with what is wrong in `details` too: `mistakes`, each a field, its line and a reason.
+    """
+    language, load = ("JSON", json.loads) if name.endswith(".json") else ("TOML", tomllib.loads)
     try:
-        written = tomllib.loads(text)
+        if DEEP_KEY.search(text):
+            raise TrainingConfigError(f"{name}: no setting has a name of so many parts.")
+        written = load(text)
         document = json.dumps(written, allow_nan=False)
-    except tomllib.TOMLDecodeError as error:
-        raise TrainingConfigError(f"{name} is not TOML: {error}.") from error
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        raise TrainingConfigError(f"{name} is not {language}: {error}.") from error
+    except RecursionError as error:
+        raise TrainingConfigError(f"{name}: no setting is nested so deeply.") from error
     except (TypeError, ValueError) as error:
         raise TrainingConfigError(f"{name}: no setting is a date, a time, inf or nan.") from error
     try:
         config = JobConfig.model_validate_json(document)
     except ValidationError as error:
         _refuse(error, text, name)
-    for place, reason in _conflicts(config, written):
-        raise TrainingConfigError(_said(text, name, place, reason))
+    if conflicts := [_told(text, place, reason) for place, reason in _conflicts(config, written)]:
+        raise _refusal(conflicts, name, conflicts[0]["field"])
     return _placed(config, folder)
 
 
@@ -183,30 +207,41 @@ def _placed(config: JobConfig, folder: Path) -> JobConfig:
 
 
 def _refuse(error: ValidationError, text: str, name: str) -> NoReturn:
-    """Say all mistakes at once, each with its line."""
+    """Say many mistakes at once, each with its line."""
+    first = error.errors()[0]
+    known = first["loc"][:-1] if first["type"] in UNKNOWN else first["loc"]
+    told = [_mistake(mistake, text) for mistake in error.errors()[:MOST_TOLD]]
+    raise _refusal(told, name, ".".join(map(str, known)) or None) from error
+
+
+def _refusal(told: Sequence[Mapping[str, Any]], name: str, param: str | None) -> TrainingConfigError:
     said = []
-    for mistake in error.errors():
-        place = [str(part) for part in mistake["loc"] if not isinstance(part, int)]
-        known = _fields_of(place[:-1])
-        match mistake["type"]:
-            case "extra_forbidden" | "unexpected_keyword_argument":
-                near = difflib.get_close_matches(place[-1], known, 1)
-                meant = f"; did you mean `{near[0]}`?" if near else ""
-                reason = f"there is no such field here{meant} Allowed are {', '.join(known)}"
-            case "missing":
-                reason = "is missing"
-            case "value_error":
-                reason = str(mistake["ctx"]["error"])
-            case _:
-                reason = mistake["msg"][:1].lower() + mistake["msg"][1:]
-        said.append(_said(text, name, place, reason))
-    raise TrainingConfigError("\n".join(said)) from error
+    for each in told:
+        where = f"{name}, line {each['line']}" if each["line"] else name
+        said.append(f"{where}: {each['field']}: {each['reason']}")
+    return TrainingConfigError("\n".join(said), param=param, details={"mistakes": told[:MOST_DETAILED]})
 
 
-def _said(text: str, name: str, place: Sequence[str], reason: str) -> str:
-    line = _line_of(text, place)
-    where = f"{name}, line {line}" if line else name
-    return f"{where}: {'.'.join(place)}: {reason}."
+def _mistake(mistake: Mapping[str, Any], text: str) -> dict[str, Any]:
+    """A field, its line and what is wrong with it."""
+    place = [str(part) for part in mistake["loc"] if not isinstance(part, int)]
+    match mistake["type"]:
+        case kind if kind in UNKNOWN:
+            known = _fields_of(place[:-1])
+            near = difflib.get_close_matches(place[-1], known, 1)
+            meant = f"; did you mean `{near[0]}`?" if near else ""
+            reason = f"there is no such field here{meant} Allowed are {', '.join(known)}"
+        case "missing":
+            reason = "is missing"
+        case "value_error":
+            reason = str(mistake["ctx"]["error"])
+        case _:
+            reason = mistake["msg"][:1].lower() + mistake["msg"][1:]
+    return _told(text, place, reason)
+
+
+def _told(text: str, place: Sequence[str], reason: str) -> dict[str, Any]:
+    return {"field": ".".join(place), "line": _line_of(text, place), "reason": f"{reason}."}
 
 
 def _conflicts(config: JobConfig, written: Mapping[str, Any]) -> Iterator[tuple[Sequence[str], str]]:
@@ -218,7 +253,7 @@ def _conflicts(config: JobConfig, written: Mapping[str, Any]) -> Iterator[tuple[
         yield ["run", "metric"], "only captions have a choice of metrics"
     if method.name == "prompt":
         return
-    for section in ("prompt", "begin"):
+    for section in ("prompt", "begin", "publish"):
         if section in written:
             yield [section], f"has no meaning for {method.name}, which learns no prompt"
     if "learning_rate" not in written["steps"]:
