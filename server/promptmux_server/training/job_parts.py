@@ -18,10 +18,9 @@ from promptmux_server.errors import DataError, TrainingConfigError
 from promptmux_server.tasks import TaskSpec
 from promptmux_server.training.data.manifests import bare_manifest, labels_for
 from promptmux_server.training.data.source import distinct_targets, open_source
-from promptmux_server.training.initial import text_table
+from promptmux_server.training.initial import FROM_NOISE, begin_of_texts
 from promptmux_server.training.job_config import JobConfig
 from promptmux_server.training.methods import DeepPrompts
-from promptmux_server.training.methods.prompts import FROM_NOISE, Begin
 from promptmux_server.training.recipe import RecipeError
 from promptmux_server.training.validation import OpenBackbone
 
@@ -90,7 +89,7 @@ def deep_prompts(config: JobConfig, backbone: OpenBackbone) -> DeepPrompts:
     begin, text = FROM_NOISE, config.begin.text
     if text is not None:
         source = (BOS, *backbone.tokenizer.encode(text), EOS)
-        begin = Begin(encoder=text_table(backbone.model, source))
+        begin = begin_of_texts(backbone.model, [source])
     try:
         return DeepPrompts(backbone.model, config.prompt, seed=config.steps.seed, begin=begin)
     except RecipeError as error:
