@@ -9,8 +9,8 @@ per target token on held-out scenes, asked every few steps:
              behind its last: noise has made 95 % of its fall there
     steps  = the first that was asked at which a run is at or below the target of its task
 
-The prompts to begin from are the shipped ones of the other tasks, never the task's own. Stopped at any time,
-the same command goes on from its checkpoints. Steps do not depend on the machine's load.
+The prompts to begin from are the shipped ones of the other tasks, never the task's own. The command may be stopped at
+any time; given again, it goes on from its checkpoints. Steps do not depend on the machine's load.
 """
 
 from __future__ import annotations
@@ -148,10 +148,10 @@ class TaskBench:
         loss = run.loss(logits, targets, self.asked)
         return float(loss.nll) / loss.tokens
 
-    def learn(self, seeds: int, every: int) -> None:
+    def learn(self, beginnings: Sequence[str], seeds: int, every: int) -> None:
         """All runs to their ends, from where they stand."""
         cohort, kept = Cohort(), {}
-        for name in BEGINNINGS:
+        for name in beginnings:
             for seed in range(1, seeds + 1):
                 kept[f"{name} {seed}"] = KeptRun(self, name, seed)
         for run in (each.run for each in kept.values() if not each.run.finished):
@@ -225,9 +225,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--task", choices=get_args(TaskName), action="append", help="only this task (may be repeated)")
+    parser.add_argument("--beginning", choices=BEGINNINGS, action="append", help="only this one (noise is needed)")
     parser.add_argument("--train", type=Path, default=Path("var/pocket/train"))
     parser.add_argument("--heldout", type=Path, default=Path("var/pocket/heldout"))
-    for option, default in {"pictures": 2000, "rows": 8, "steps": 240, "every": 10, "seeds": 3, "threads": 1}.items():
+    for option, default in {"pictures": 1000, "rows": 8, "steps": 120, "every": 10, "seeds": 3, "threads": 1}.items():
         parser.add_argument(f"--{option}", type=int, default=default)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -237,7 +238,7 @@ def main() -> None:
     bench = Bench(loaded, model, loaded.tokenizer(), *data, given.pictures, given.rows, given.steps)
     for task in given.task or TASKS:
         folder = given.out / task
-        TaskBench(bench, task, folder).learn(given.seeds, given.every)
+        TaskBench(bench, task, folder).learn(given.beginning or BEGINNINGS, given.seeds, given.every)
         about = {"task": task, "fingerprint": loaded.fingerprint, "rows": given.rows, "steps": given.steps}
         report("beginnings", "pocket", dtype=torch.float32, **about, beginnings=table(folder))
 

@@ -51,6 +51,7 @@ def train(
     import torch
 
     from promptmux_server.cli.machine import usable_cores
+    from promptmux_server.cli.published import published
     from promptmux_server.cli.training_scores import keep_prompt, score_served
     from promptmux_server.errors import PromptmuxError
     from promptmux_server.pocket import WEIGHTS
@@ -66,7 +67,7 @@ def train(
             return
         torch.set_num_threads(job_config.machine.threads or usable_cores())
         backbone = open_backbone(job_config, WEIGHTS)
-        with Job(job_config, backbone, score_served) as job:
+        with Job(job_config, backbone, score_served, published) as job:
             begun = job.resume(changed_recipe=changed_recipe)
             write_durably(job_config.output / "config.toml", written)
             _run(job, begun)

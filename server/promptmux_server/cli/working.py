@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from promptmux_server.cli.machine import usable_cores
+from promptmux_server.cli.published import published
 from promptmux_server.cli.training_scores import keep_prompt, score_served
 from promptmux_server.errors import LeaseLost, PromptmuxError, RunHeld
 from promptmux_server.jobs import Claim, JobTable
@@ -112,7 +113,7 @@ def _run(table: JobTable, claim: Claim, stop: Stop) -> dict[str, Any] | None:
     payload = claim.job.payload
     config = parse_job(payload["config"], payload["name"], Path(payload["folder"]))
     torch.set_num_threads(config.machine.threads or usable_cores())
-    with Job(config, open_backbone(config, WEIGHTS), score_served) as job:
+    with Job(config, open_backbone(config, WEIGHTS), score_served, published) as job:
         job.resume()
         write_durably(config.output / "config.toml", payload["config"].encode())
         tell = _teller(table, claim)

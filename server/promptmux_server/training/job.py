@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from promptmux_prompts import Prompt
 from promptmux_server.errors import TrainingError
+from promptmux_server.training.beginning import beginning
 from promptmux_server.training.checkpoint import Checkpoint, Checkpoints
 from promptmux_server.training.cohort import Cohort
 from promptmux_server.training.curve import Curve
@@ -21,15 +22,20 @@ from promptmux_server.training.data.batches import FileBatches
 from promptmux_server.training.data.encode import SampleEncoder
 from promptmux_server.training.data.task_data import open_task_data
 from promptmux_server.training.feature_cache import FeatureCache
+from promptmux_server.training.initial import FROM_NOISE, Begin
 from promptmux_server.training.job_config import JobConfig
 from promptmux_server.training.job_parts import deep_prompts, described, prompt_of, task_spec
 from promptmux_server.training.metrics import METRICS, Score
+from promptmux_server.training.published import OpenPublished, PublishedFolder
+from promptmux_server.training.recipe import StepRecipe
 from promptmux_server.training.run import Run, StepReport
 from promptmux_server.training.seeing import Preparation, Stem
 from promptmux_server.training.validation import OpenBackbone, Scorer, questions_of
 
 RECIPE = "steps"
 """The topic of an identity that a person may allow to differ: rates and schedule, which fit any state."""
+BEGUN_FROM = "begun_from"
+"""Kept with an identity, and not compared: what was found once is not looked for again, for it may have changed."""
 
 
 @dataclass(frozen=True)
@@ -61,19 +67,25 @@ Event = Stepped | Scored | Stopped
 class Job:
     """An open job, to be used as a context: its data are checked, and nobody else may write its checkpoints."""
 
-    def __init__(self, config: JobConfig, backbone: OpenBackbone, scorer: Scorer) -> None:
-        """Raises TrainingConfigError, DataError, CheckpointNotWritten."""
-        self.config, self.backbone, self._scorer = config, backbone, scorer
+    def __init__(
+        self,
+        config: JobConfig,
+        backbone: OpenBackbone,
+        scorer: Scorer,
+        published: OpenPublished = PublishedFolder,
+    ) -> None:
+        """`published` finds prompts to begin from. Raises TrainingConfigError, DataError, CheckpointNotWritten."""
+        self.config, self.backbone, self._scorer, self._published = config, backbone, scorer, published
         spec = task_spec(config, backbone)
         self._manifest = spec.manifest
         encoder = SampleEncoder(spec, backbone.tokenizer)
         self.data = open_task_data(config.data, encoder, config.cache_folder)
         self.questions = questions_of(self.data.validation, config.run.validation_samples)
         self._seen = FeatureCache(config.cache_folder / "pictures")
-        self._method = deep_prompts(config, backbone)
         stem = Stem(backbone.model, backbone.loaded.fingerprint, Preparation.of(spec), self._seen)
-        batches = FileBatches(self.data.train, encoder, stem, config.run.rows)
-        self.run = Run(config.task.name, self._method, config.steps, batches)
+        self._batches = FileBatches(self.data.train, encoder, stem, config.run.rows)
+        self.run = self._start(config.task.name, FROM_NOISE, config.steps)
+        self._begun_from: Any = None
         self._checkpoints = Checkpoints(config.output / "checkpoints", keep_last=config.run.keep_checkpoints)
         self._curve = Curve(config.output / "curve.jsonl")
         self._held = ExitStack()
@@ -90,12 +102,18 @@ class Job:
     def resume(self, *, changed_recipe: bool = False) -> int:
         """Stand where the last good checkpoint does, or at the beginning; answers the step.
 
-        `changed_recipe` allows one of another step recipe. Raises TrainingError for a checkpoint of another run.
+        `changed_recipe` allows one of another step recipe. Raises TrainingError for a checkpoint of another run,
+        TrainingConfigError for a beginning that cannot be had.
         """
         found = self._checkpoints.newest()
         if found is not None:
             self._check_same_run(found, RECIPE if changed_recipe else None)
             self.run.restore(found.state)
+            self._begun_from = found.identity[BEGUN_FROM]
+        else:
+            first = beginning(self.config, self.backbone, self._published, self._start)
+            self.run = self._start(self.config.task.name, first.tables, self.config.steps)
+            self._begun_from = first.told
         self._curve.go_back(self.run.step)
         return self.run.step
 
@@ -127,6 +145,10 @@ class Job:
         metric = {"name": name, "value": best.mark.score, "n": len(self.questions)}
         return described(self._prompt(), metric=metric, provenance=self._provenance(best.mark.step))
 
+    def _start(self, name: str, begin: Begin, recipe: StepRecipe) -> Run:
+        """A run on the job's data, at its beginning; raises TrainingConfigError."""
+        return Run(name, deep_prompts(self.config, self.backbone, begin), recipe, self._batches)
+
     def _keep(self, step: int, *, stopping: bool) -> Iterator[Event]:
         """Score and save what is due behind a step."""
         score = None
@@ -134,7 +156,8 @@ class Job:
             score = self._scorer(self.backbone, self._prompt(), self.questions)
             self._curve.add_score(step, score)
         if score is not None or stopping or step % self.config.run.checkpoint_every == 0:
-            self._checkpoints.save(self.run.state(), self._identity(), None if score is None else score.value)
+            identity = {**self._identity(), BEGUN_FROM: self._begun_from}
+            self._checkpoints.save(self.run.state(), identity, None if score is None else score.value)
         if score is not None:
             yield Scored(step, score, max(mark.score for mark in self._checkpoints.marks() if mark.score is not None))
 
@@ -149,7 +172,7 @@ class Job:
             "task": hashlib.sha256(self._manifest.to_json().encode()).hexdigest(),
             "data": [self.data.train.digest, config.run.rows],
             "validation": [[rows.source.sha256 for rows in held_out], len(self.questions)],
-            "prompt": [asdict(config.prompt), config.begin.text],
+            "prompt": [asdict(config.prompt), config.begin.asked],
             RECIPE: asdict(config.steps),
         }
 
@@ -170,7 +193,7 @@ class Job:
         return {
             "method": "prompt",
             "generator": config.prompt.generator,
-            "begun_from": config.begin.text or "noise",
+            BEGUN_FROM: self._begun_from,
             "data": [rows.source.sha256 for rows in self.data.train.sources],
             "stream": self.data.train.digest,
             "samples": self.data.train.epoch_samples,

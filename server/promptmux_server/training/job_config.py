@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from promptmux_prompts import Kind
 from promptmux_server.errors import TrainingConfigError
@@ -24,6 +24,9 @@ from promptmux_server.training.recipe import ComputeRecipe, PromptRecipe, StepRe
 
 Count = Annotated[int, Field(ge=1)]
 MOST_BYTES = 1 << 20
+Texts = Annotated[Sequence[str], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)]
+PROMPT_FILE = ".safetensors"
+SERVER = ("http://", "https://")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +46,36 @@ class TaskConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BeginConfig:
-    """What the prompt is before the first step."""
+    """What the prompt is before the first step: noise, unless one of the first three says more."""
 
-    text: str | None = None
-    """Its keys and values in the backbone; None: noise."""
+    text: Texts | None = None
+    """The keys and values that the backbone computes for one text or several, on both sides."""
+    prompt: str | None = None
+    """A prompt file, or a name that `among` knows."""
+    nearest: Count | None = None
+    """The mean of so many prompts of `among`, those from which the task's first steps learn best."""
+    among: str | None = None
+    """A folder of prompt files, a server's `registry` folder, or a server's address."""
+
+    def __post_init__(self) -> None:
+        if sum(each is not None for each in (self.text, self.prompt, self.nearest)) > 1:
+            raise ValueError("say only one of text, prompt and nearest")
+        if self.text is not None and not (self.text and all(text.strip() for text in self.text)):
+            raise ValueError("text must not be empty")
+        by_name = self.prompt is not None and not self.prompt.endswith(PROMPT_FILE)
+        if (self.nearest is not None or by_name) and self.among is None:
+            raise ValueError(
+                "say where the prompts are: among must be a folder or a server's address "
+                f"(the name of a single prompt's file ends in {PROMPT_FILE})"
+            )
+        if self.among is not None and self.nearest is None and not by_name:
+            raise ValueError("among goes with nearest, or with the name of a prompt")
+
+    @property
+    def asked(self) -> list[Any]:
+        """The same for equal beginnings, wherever files lie; a JSON value."""
+        prompt = None if self.prompt is None else Path(self.prompt).name
+        return [None if self.text is None else list(self.text), prompt, self.nearest]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +190,12 @@ def _placed(config: JobConfig, folder: Path) -> JobConfig:
     )
     backbone = config.backbone if config.backbone == "pocket" else str(folder / config.backbone)
     cache = None if config.cache is None else folder / config.cache
-    changes = {"backbone": backbone, "output": folder / config.output, "cache": cache, "data": placed}
+    begin, among, prompt = config.begin, config.begin.among, config.begin.prompt
+    if among is not None and not among.startswith(SERVER):
+        begin = replace(begin, among=str(folder / among))
+    if prompt is not None and prompt.endswith(PROMPT_FILE):
+        begin = replace(begin, prompt=str(folder / prompt))
+    changes = {"begin": begin, "backbone": backbone, "output": folder / config.output, "cache": cache, "data": placed}
     return config.model_copy(update=changes)
 
 

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from promptmux_prompts import InvalidPromptFile, Manifest, Prompt
 from promptmux_server.backbone.assemble import assemble, serving_dtype
-from promptmux_server.backbone.config import BOS, EOS
 from promptmux_server.backbone.weights import load_backbone
 from promptmux_server.errors import DataError, TrainingConfigError
 from promptmux_server.tasks import TaskSpec
 from promptmux_server.training.data.manifests import bare_manifest, labels_for
 from promptmux_server.training.data.source import distinct_targets, open_source
-from promptmux_server.training.initial import FROM_NOISE, begin_of_texts
+from promptmux_server.training.initial import Begin
 from promptmux_server.training.job_config import JobConfig
 from promptmux_server.training.methods import DeepPrompts
 from promptmux_server.training.recipe import RecipeError
@@ -84,12 +83,8 @@ def _labels_found(config: JobConfig) -> list[str]:
     return list(found)
 
 
-def deep_prompts(config: JobConfig, backbone: OpenBackbone) -> DeepPrompts:
-    """What learns, at its beginning; raises TrainingConfigError."""
-    begin, text = FROM_NOISE, config.begin.text
-    if text is not None:
-        source = (BOS, *backbone.tokenizer.encode(text), EOS)
-        begin = begin_of_texts(backbone.model, [source])
+def deep_prompts(config: JobConfig, backbone: OpenBackbone, begin: Begin) -> DeepPrompts:
+    """What learns; raises TrainingConfigError."""
     try:
         return DeepPrompts(backbone.model, config.prompt, seed=config.steps.seed, begin=begin)
     except RecipeError as error:
