@@ -31,9 +31,9 @@ STEPS = 24
 
 def data(folder: Path, count: int = 12) -> Path:
     """A file of questions about pictures, beside them."""
-    pictures(folder, count)
     path = folder / "data.jsonl"
     if not path.exists():
+        pictures(folder, count)
         lines = [
             {"image": f"{i}.png", "text": f"how many {i % 3}", "answer": "one" if i % 2 else "two"}
             for i in range(count)

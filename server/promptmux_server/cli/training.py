@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from promptmux_server.cli.publish_gate import Verdict
     from promptmux_server.jobs import JobTable
     from promptmux_server.training.job import Job
+    from promptmux_server.training.job_config import JobConfig
+    from promptmux_server.training.ranks import Ranks
+    from promptmux_server.training.validation import OpenBackbone
 
 STOPPED = 130
 """Exit status of a run that was asked to stop."""
@@ -46,12 +49,13 @@ def train(
 ) -> None:
     """Learn a prompt for a task from your own data, score it as it would be served, and write the prompt file.
 
-    Ctrl-C keeps a checkpoint; the same command goes on from the last one.
+    Ctrl-C keeps a checkpoint; the same command goes on from the last one. Several processes share every batch:
+    `torchrun --nproc-per-node 2 -m promptmux_server train pets.toml`.
     """
     import torch
 
-    from promptmux_server.cli.machine import usable_cores
     from promptmux_server.cli.published import published
+    from promptmux_server.cli.ranks import ranks_here, share_of_cores
     from promptmux_server.cli.training_scores import keep_prompt, score_served
     from promptmux_server.errors import PromptmuxError
     from promptmux_server.pocket import WEIGHTS
@@ -65,17 +69,31 @@ def train(
         if queue:
             _queue(config, written, job_table(state), priority)
             return
-        torch.set_num_threads(job_config.machine.threads or usable_cores())
-        backbone = open_backbone(job_config, WEIGHTS)
-        with Job(job_config, backbone, score_served, published) as job:
-            begun = job.resume(changed_recipe=changed_recipe)
-            write_durably(job_config.output / "config.toml", written)
-            _run(job, begun)
-            path, prompt = keep_prompt(job)
-            verdict = _push(job, prompt, url) if push else None
+        torch.set_num_threads(job_config.machine.threads or share_of_cores())
+        with ranks_here(job_config.machine) as ranks:
+            backbone = open_backbone(job_config, WEIGHTS)
+            if not ranks.leads:
+                _follow(job_config, backbone, ranks)
+                return
+            with Job(job_config, backbone, score_served, published, ranks) as job:
+                begun = job.resume(changed_recipe=changed_recipe)
+                write_durably(job_config.output / "config.toml", written)
+                _run(job, begun)
+                path, prompt = keep_prompt(job)
+                verdict = _push(job, prompt, url) if push else None
     except PromptmuxError as error:
         fail(error.message)
     _report(path, prompt, verdict, as_json=as_json)
+
+
+def _follow(config: JobConfig, backbone: OpenBackbone, ranks: Ranks) -> None:
+    """Learn beside the process that leads, or leave the command where a signal came before the end."""
+    from promptmux_server.training.shared import follow
+
+    with asked_to_stop() as stop:
+        run = follow(config, backbone, ranks, stop)
+    if not run.finished:
+        raise typer.Exit(STOPPED)
 
 
 def _queue(config: Path, written: bytes, table: JobTable, priority: int) -> None:

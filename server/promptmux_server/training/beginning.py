@@ -26,7 +26,7 @@ from promptmux_server.training.validation import OpenBackbone
 log = logging.getLogger(__name__)
 
 StartRun = Callable[[str, Begin, StepRecipe], Run]
-"""A run of the job's task, on its data from their beginning, under a name."""
+"""A run of the job's task under a name, on whole batches of its data from their beginning."""
 
 
 @dataclass(frozen=True)

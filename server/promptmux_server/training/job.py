@@ -18,18 +18,14 @@ from promptmux_server.training.beginning import beginning
 from promptmux_server.training.checkpoint import Checkpoint, Checkpoints
 from promptmux_server.training.cohort import Cohort
 from promptmux_server.training.curve import Curve
-from promptmux_server.training.data.batches import FileBatches
-from promptmux_server.training.data.encode import SampleEncoder
-from promptmux_server.training.data.task_data import open_task_data
-from promptmux_server.training.feature_cache import FeatureCache
-from promptmux_server.training.initial import FROM_NOISE, Begin
+from promptmux_server.training.initial import FROM_NOISE
 from promptmux_server.training.job_config import JobConfig
-from promptmux_server.training.job_parts import deep_prompts, described, prompt_of, task_spec
+from promptmux_server.training.job_parts import described, open_material, prompt_of
 from promptmux_server.training.metrics import METRICS, Score
 from promptmux_server.training.published import OpenPublished, PublishedFolder
-from promptmux_server.training.recipe import StepRecipe
-from promptmux_server.training.run import Run, StepReport
-from promptmux_server.training.seeing import Preparation, Stem
+from promptmux_server.training.ranks import ALONE, Ranks
+from promptmux_server.training.run import StepReport
+from promptmux_server.training.shared import share_state
 from promptmux_server.training.validation import OpenBackbone, Scorer, questions_of
 
 RECIPE = "steps"
@@ -73,18 +69,18 @@ class Job:
         backbone: OpenBackbone,
         scorer: Scorer,
         published: OpenPublished = PublishedFolder,
+        ranks: Ranks = ALONE,
     ) -> None:
-        """`published` finds prompts to begin from. Raises TrainingConfigError, DataError, CheckpointNotWritten."""
+        """`published` finds prompts to begin from; of several `ranks` this one must lead, and the others `follow`.
+
+        Raises TrainingConfigError, DataError, CheckpointNotWritten.
+        """
         self.config, self.backbone, self._scorer, self._published = config, backbone, scorer, published
-        spec = task_spec(config, backbone)
-        self._manifest = spec.manifest
-        encoder = SampleEncoder(spec, backbone.tokenizer)
-        self.data = open_task_data(config.data, encoder, config.cache_folder)
+        self._ranks = ranks
+        self._material = open_material(config, backbone, ranks)
+        self._manifest, self.data = self._material.spec.manifest, self._material.data
         self.questions = questions_of(self.data.validation, config.run.validation_samples)
-        self._seen = FeatureCache(config.cache_folder / "pictures")
-        stem = Stem(backbone.model, backbone.loaded.fingerprint, Preparation.of(spec), self._seen)
-        self._batches = FileBatches(self.data.train, encoder, stem, config.run.rows)
-        self.run = self._start(config.task.name, FROM_NOISE, config.steps)
+        self.run = self._material.start(config.task.name, FROM_NOISE, config.steps, ranks)
         self._begun_from: Any = None
         self._checkpoints = Checkpoints(config.output / "checkpoints", keep_last=config.run.keep_checkpoints)
         self._curve = Curve(config.output / "curve.jsonl")
@@ -93,7 +89,7 @@ class Job:
     def __enter__(self) -> Self:
         """Raises RunHeld where another process has this job."""
         self._held.enter_context(self._checkpoints.held())
-        self._held.enter_context(self._seen)
+        self._held.enter_context(self._material.seen)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -111,14 +107,15 @@ class Job:
             self.run.restore(found.state)
             self._begun_from = found.identity[BEGUN_FROM]
         else:
-            first = beginning(self.config, self.backbone, self._published, self._start)
-            self.run = self._start(self.config.task.name, first.tables, self.config.steps)
+            first = beginning(self.config, self.backbone, self._published, self._material.start)
+            self.run = self._material.start(self.config.task.name, first.tables, self.config.steps, self._ranks)
             self._begun_from = first.told
         self._curve.go_back(self.run.step)
         return self.run.step
 
     def events(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Event]:
         """Learn to the last step, or until `stop` says so. Raises what the run fails of; what was kept stays."""
+        share_state(self._ranks, self.run.state())
         cohort = Cohort(self.config.compute)
         if not self.run.finished:
             cohort.join(self.run)
@@ -129,9 +126,10 @@ class Job:
             for report in advance.steps:
                 self._curve.add(report)
                 yield Stepped(report)
-                stopping = stop() and not self.run.finished
+                stopping = self._ranks.agree(stop()) and not self.run.finished
                 yield from self._keep(report.step, stopping=stopping)
                 if stopping:
+                    self._ranks.agree(True)  # whoever ended earlier might have the others ended by what started them
                     yield Stopped(report.step)
                     return
 
@@ -144,10 +142,6 @@ class Job:
         name = METRICS[self.config.task.kind]
         metric = {"name": name, "value": best.mark.score, "n": len(self.questions)}
         return described(self._prompt(), metric=metric, provenance=self._provenance(best.mark.step))
-
-    def _start(self, name: str, begin: Begin, recipe: StepRecipe) -> Run:
-        """A run on the job's data, at its beginning; raises TrainingConfigError."""
-        return Run(name, deep_prompts(self.config, self.backbone, begin), recipe, self._batches)
 
     def _keep(self, step: int, *, stopping: bool) -> Iterator[Event]:
         """Score and save what is due behind a step."""

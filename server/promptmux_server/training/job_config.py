@@ -103,6 +103,8 @@ class MachineConfig:
     """Of the frozen backbone; what learns is float32."""
     threads: Count | None = None
     """Of one operation on a CPU; None: the cores that there are. Another number may round otherwise."""
+    patience_s: Annotated[float, Field(gt=0)] = 600.0
+    """How long one of several processes waits for another, for instance while it scores, before it gives up."""
 
 
 @dataclass(frozen=True, kw_only=True)

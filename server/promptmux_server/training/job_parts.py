@@ -1,9 +1,9 @@
-"""What a job is made of: its task's manifest, what learns, and the prompt that comes of it. Opens no checkpoint."""
+"""What a job is made of: its task and data, what learns, and the prompt that comes of it. Opens no checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,19 @@ from promptmux_server.backbone.assemble import assemble, serving_dtype
 from promptmux_server.backbone.weights import load_backbone
 from promptmux_server.errors import DataError, TrainingConfigError
 from promptmux_server.tasks import TaskSpec
+from promptmux_server.training.data.batches import FileBatches
+from promptmux_server.training.data.encode import SampleEncoder
 from promptmux_server.training.data.manifests import bare_manifest, labels_for
 from promptmux_server.training.data.source import distinct_targets, open_source
+from promptmux_server.training.data.task_data import TaskData, open_task_data
+from promptmux_server.training.feature_cache import FeatureCache
 from promptmux_server.training.initial import Begin
 from promptmux_server.training.job_config import JobConfig
 from promptmux_server.training.methods import DeepPrompts
-from promptmux_server.training.recipe import RecipeError
+from promptmux_server.training.ranks import ALONE, Ranks
+from promptmux_server.training.recipe import RecipeError, StepRecipe
+from promptmux_server.training.run import Run
+from promptmux_server.training.seeing import Preparation, Stem
 from promptmux_server.training.validation import OpenBackbone
 
 MOST_LABELS = 256
@@ -89,6 +96,49 @@ def deep_prompts(config: JobConfig, backbone: OpenBackbone, begin: Begin) -> Dee
         return DeepPrompts(backbone.model, config.prompt, seed=config.steps.seed, begin=begin)
     except RecipeError as error:
         raise TrainingConfigError(f"prompt.{error}.") from error
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """A job's task and data, checked, and the runs that may learn from them."""
+
+    config: JobConfig
+    backbone: OpenBackbone
+    spec: TaskSpec
+    data: TaskData
+    seen: FeatureCache
+    """To be entered while anything learns."""
+    _encoder: SampleEncoder
+    _stem: Stem
+
+    def start(self, name: str, begin: Begin, recipe: StepRecipe, ranks: Ranks = ALONE) -> Run:
+        """A run at its beginning, on this process's share of every batch; raises TrainingConfigError."""
+        rows, worker, workers = self.config.run.rows, ranks.number, ranks.count
+        batches = FileBatches(self.data.train, self._encoder, self._stem, rows, worker=worker, workers=workers)
+        return Run(name, deep_prompts(self.config, self.backbone, begin), recipe, batches, ranks)
+
+
+def open_material(config: JobConfig, backbone: OpenBackbone, ranks: Ranks) -> Material:
+    """Raises TrainingConfigError, also for what several processes cannot do together, and DataError."""
+    _check_divisible(config, ranks.count)
+    spec = task_spec(config, backbone)
+    encoder = SampleEncoder(spec, backbone.tokenizer)
+    data = open_task_data(config.data, encoder, config.cache_folder)
+    seen = FeatureCache(config.cache_folder / "pictures")
+    stem = Stem(backbone.model, backbone.loaded.fingerprint, Preparation.of(spec), seen)
+    return Material(config, backbone, spec, data, seen, encoder, stem)
+
+
+def _check_divisible(config: JobConfig, processes: int) -> None:
+    if config.run.rows < processes:
+        raise TrainingConfigError(f"run.rows: {processes} processes need a row each of every batch: give more rows.")
+    if processes > 1 and config.steps.drop_worst:
+        raise TrainingConfigError(
+            "steps.drop_worst: the worst tokens of a batch are found where all of it is: leave it out, or train in one "
+            "process."
+        )
+    if processes > 1 and config.machine.device.startswith("cuda:"):
+        raise TrainingConfigError("machine.device: several processes need a device each: say cuda, auto or cpu.")
 
 
 def prompt_of(manifest: Manifest, tensors: Mapping[str, Tensor]) -> Prompt:

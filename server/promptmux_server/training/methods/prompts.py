@@ -72,7 +72,10 @@ class DeepPrompts:
     def _thinned(self, side: KeyValue, rows: int, chance: Chance, place: str) -> list[KeyValue]:
         """Every row's own copy, with numbers dropped one by one, as released."""
         key, value = (
-            part * chance.kept((rows, *part.shape), self._recipe.dropout, f"{place} {name}", part)
+            part
+            * torch.stack(
+                [chance.kept(row, part.shape, self._recipe.dropout, f"{place} {name}", part) for row in range(rows)]
+            )
             for part, name in zip(side, ("key", "value"), strict=True)
         )
         return list(zip(key, value, strict=True))
