@@ -46,7 +46,7 @@ class Ranks(Protocol):
         ...
 
     def hand_out(self, data: bytes) -> bytes:
-        """The leader's data, whatever the others bring."""
+        """The leader's data, at least a byte, whatever the others bring."""
         ...
 
 
