@@ -143,8 +143,9 @@ class TaskBench:
         """Nats per target token."""
         assert isinstance(run.method, DeepPrompts)
         rows, model = len(self.asked.examples), self.bench.model
-        sides = (pack_prompts([side], [0] * rows) for side in run.method.sides(run.values()))
-        logits, targets = supervised_logits(model, self.asked.examples, seen(model, self.asked.pictures), *sides)
+        encoder, decoder = (pack_prompts([side], [0] * rows) for side in run.method.sides(run.values()))
+        pictures = seen(model, self.asked.pictures)
+        logits, targets = supervised_logits(model, self.asked.examples, pictures, encoder, decoder)
         loss = run.loss(logits, targets, self.asked)
         return float(loss.nll) / loss.tokens
 

@@ -77,7 +77,7 @@ class PublishedFolder:
                 raise NameNotFound("no prompt has this name")
             return found(name, self._store.read(self._store.record(name, head.version)), self._backbone)
         except StoreError as error:
-            return Refusal(name, error.code, str(error))
+            return Refusal(name, error.code, str(error).rstrip("."))
 
 
 def read_file(path: Path, backbone: LoadedBackbone) -> Found | Refusal:
