@@ -7,7 +7,7 @@ per target token on held-out scenes, asked every few steps:
 
     target = F + 0.05 (S - F), where S and F are the medians over seeds of what noise has before its first step and
              behind its last: noise has made 95 % of its fall there
-    steps  = the first that was asked at which a run is at or below the target of its task
+    steps  = the first that was asked at which a run is at or below the target of its task; steps_to_final: at F itself
 
 The prompts to begin from are the shipped ones of the other tasks, never the task's own. The command may be stopped at
 any time; given again, it goes on from its checkpoints. Steps do not depend on the machine's load.
@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -205,21 +205,25 @@ def asked(folder: Path) -> dict[str, list[dict[int, float]]]:
 
 
 def table(folder: Path) -> dict[str, dict[str, object]]:
-    """The measure of a task's runs, by beginning."""
+    """The measures of a task's runs, by beginning."""
     losses = asked(folder)
     last = max(losses["noise"][0])
     start, final = (statistics.median(run[step] for run in losses["noise"]) for step in (0, last))
     target = final + (1 - FALL) * (start - final)
-    found: dict[str, dict[str, object]] = {}
-    for name, runs in losses.items():
-        steps = [min((s for s, value in run.items() if value <= target), default=None) for run in runs]
-        found[name] = {
-            "steps": steps,
-            "median": statistics.median(step if step is not None else last + 1 for step in steps),
+    return {
+        name: {
+            "steps": [reached(run, target) for run in runs],
+            "steps_to_final": [reached(run, final) for run in runs],
             "before": round(statistics.median(run[0] for run in runs), 3),
             "after": round(statistics.median(run[last] for run in runs), 3),
         }
-    return found
+        for name, runs in losses.items()
+    }
+
+
+def reached(run: Mapping[int, float], loss: float) -> int | None:
+    """The first step that was asked at which a run's loss is no higher."""
+    return min((step for step, value in run.items() if value <= loss), default=None)
 
 
 def main() -> None:
