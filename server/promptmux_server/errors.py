@@ -54,6 +54,7 @@ the one place that turns an exception into an answer.
     ├── TrainingError                  500  training_failed        a run cannot go on; what it saved stands
     │   ├── TrainingDiverged           500  training_diverged      its loss or gradient is no number any more
     │   ├── RunHeld                    500  run_held               another process trains into the same folder
+    │   ├── PeerLost                   500  peer_lost              another process of the same run ended or is silent
     │   └── CheckpointNotWritten       500  checkpoint_not_written the disk; earlier checkpoints stand
     ├── LeaseLost                      500  lease_lost             another worker has the job
     ├── TrainingConfigError            422  invalid_training_config
@@ -438,6 +439,18 @@ class RunHeld(TrainingError):
     """Another process writes this run's checkpoints."""
 
     code = "run_held"
+
+
+class PeerLost(TrainingError):
+    """A run of several processes has lost one."""
+
+    code = "peer_lost"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Another process of this run has ended or does not answer: what it said itself tells why. "
+            "The same command goes on from the last checkpoint."
+        )
 
 
 class CheckpointNotWritten(TrainingError):

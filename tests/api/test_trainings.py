@@ -357,6 +357,8 @@ FIELDS = {
     "data.train.0.path": lambda path: CONFIG.replace('"pets.jsonl"', f'"{path}"'),
     "data.train.0.images": lambda path: CONFIG.replace('"pictures"', f'"{path}"'),
     "data.train.0.annotations": lambda path: CONFIG.replace("images =", f'annotations = "{path}"\nimages ='),
+    "begin.among": lambda path: CONFIG + f'[begin]\nnearest = 1\namong = "{path}"\n',
+    "begin.prompt": lambda path: CONFIG + f'[begin]\nprompt = "{path}/p.safetensors"\n',
     "data.validation.path": lambda path: CONFIG.replace("[steps]", f'[data.validation]\npath = "{path}"\n[steps]'),
 }
 
@@ -395,6 +397,22 @@ def test_a_path_that_leads_out_of_the_folder_is_refused(server: TrainingServer, 
         taken = server.post(config)
         assert taken.status_code == 201, taken.text
         server.client.delete(f"/v1/trainings/{taken.json()['id']}")
+
+
+@pytest.mark.parametrize(
+    ("begin", "field"),
+    [
+        ('prompt = "../../secret/p"\namong = "prompts"', "begin.prompt"),
+        ('prompt = "p"\namong = "http://127.0.0.1:9"', "begin.among"),
+        ('nearest = 1\namong = "https://elsewhere.example"', "begin.among"),
+    ],
+)
+def test_no_prompt_from_elsewhere_is_begun_from(server: TrainingServer, begin: str, field: str) -> None:
+    refused = server.post(CONFIG + f"[begin]\n{begin}\n")
+    assert code(refused) == (422, "invalid_training_config")
+    assert refused.json()["error"]["param"] == f"config.{field}"
+    with unconfined():  # the control: nothing else refuses it
+        assert server.post(CONFIG + f"[begin]\n{begin}\n").status_code == 201
 
 
 def test_a_folder_for_trainings_is_not_that_of_the_servers_state(tmp_path: Path) -> None:

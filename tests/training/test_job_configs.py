@@ -107,6 +107,46 @@ def test_the_section_publish_asks_for_it() -> None:
     assert parsed(GOOD + "[publish]\n").asks_to_be_published
 
 
+def begun(lines: str) -> JobConfig:
+    return parsed(GOOD + "\n[begin]\n" + lines)
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ('text = " a"\nnearest = 2\namong = "p"', "line 21: begin: say only one of text, prompt and nearest"),
+        ("nearest = 2", "line 21: begin: say where the prompts are: among must be a folder or a server's address"),
+        ('prompt = "vqa"', "line 21: begin: say where the prompts are"),
+        ('prompt = "vqa.safetensors"\namong = "p"', "line 21: begin: among goes with nearest"),
+        ('among = "p"', "line 21: begin: among goes with nearest"),
+        ("text = []", "line 21: begin: text must not be empty"),
+        ('text = [" a", ""]', "line 21: begin: text must not be empty"),
+        ("text = [1]", "line 22: begin.text: input should be a valid string"),
+        ("text = 1", "line 22: begin.text: input should be"),
+        ('nearest = 0\namong = "p"', "line 22: begin.nearest: input should be greater than or equal to 1"),
+        ('texts = " a"', "line 22: begin.texts: there is no such field here; did you mean `text`?"),
+    ],
+)
+def test_a_beginning_is_said_in_one_way(lines: str, said: str) -> None:
+    with pytest.raises(TrainingConfigError) as refused:
+        begun(lines)
+    assert said in refused.value.message
+
+
+def test_a_beginnings_places_start_at_the_files_folder_and_servers_are_left_alone() -> None:
+    assert begun('text = " a"').begin.text == [" a"]
+    assert begun('text = [" a", " b"]').begin.text == [" a", " b"]
+    assert begun('prompt = "p/vqa.safetensors"').begin.prompt == "/data/p/vqa.safetensors"
+    assert begun('prompt = "vqa"\namong = "p"').begin.prompt == "vqa"
+    assert begun('nearest = 2\namong = "p"').begin.among == "/data/p"
+    assert begun('nearest = 2\namong = "http://localhost:8000"').begin.among == "http://localhost:8000"
+
+
+def test_a_beginning_is_the_same_wherever_its_files_lie() -> None:
+    first, second = (parsed(GOOD + '\n[begin]\nprompt = "p/v.safetensors"', folder) for folder in ("/a", "/b"))
+    assert first.begin.asked == second.begin.asked == [None, "v.safetensors", None]
+
+
 def test_all_mistakes_are_said_at_once() -> None:
     with pytest.raises(TrainingConfigError) as refused:
         parsed(GOOD.replace("heldout", "held").replace("steps = 500", "steps = 0.5"))

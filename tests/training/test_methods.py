@@ -16,8 +16,9 @@ from promptmux_server.backbone.weights import LoadedBackbone, fingerprint
 from promptmux_server.backbone.weights.names import expected_shapes
 from promptmux_server.training.batch import TrainingBatch, seen
 from promptmux_server.training.chance import Chance
+from promptmux_server.training.initial import Begin
 from promptmux_server.training.methods import Adapters, BitFit, DeepPrompts, FineTuning, Method, trainable
-from promptmux_server.training.methods.prompts import Begin, prompt_shapes
+from promptmux_server.training.methods.prompts import prompt_shapes
 from promptmux_server.training.methods.twin import twin
 from promptmux_server.training.recipe import PromptRecipe, RecipeError, StepRecipe
 from promptmux_server.training.run import Run

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from promptmux_server.jobs import JobTable
     from promptmux_server.training.job import Job, Learned
     from promptmux_server.training.job_config import JobConfig
+    from promptmux_server.training.ranks import Ranks
+    from promptmux_server.training.validation import OpenBackbone
 
 STOPPED = 130
 """Exit status of a run that was asked to stop."""
@@ -49,11 +51,13 @@ def train(
 
     With [method] it trains weights of the backbone instead, as a baseline to compare prompts with.
 
-    Ctrl-C keeps a checkpoint; the same command goes on from the last one.
+    Ctrl-C keeps a checkpoint; the same command goes on from the last one. Several processes share every batch:
+    `torchrun --nproc-per-node 2 -m promptmux_server train pets.toml`.
     """
     import torch
 
-    from promptmux_server.cli.machine import usable_cores
+    from promptmux_server.cli.published import published
+    from promptmux_server.cli.ranks import ranks_here, share_of_cores
     from promptmux_server.cli.training_scores import keep_learned, score_served
     from promptmux_server.errors import PromptmuxError
     from promptmux_server.pocket import WEIGHTS
@@ -69,17 +73,31 @@ def train(
         if queue:
             _queue(job_table(state), job_config, config, written, priority=priority, push=push)
             return
-        torch.set_num_threads(job_config.machine.threads or usable_cores())
-        backbone = open_backbone(job_config, WEIGHTS)
-        with Job(job_config, backbone, score_served) as job:
-            begun = job.resume(changed_recipe=changed_recipe)
-            write_durably(job_config.output / kept_as(config.name), written)
-            _run(job, begun)
-            kept = keep_learned(job)
-            verdict = _push(job, kept.learned, url) if push else None
+        torch.set_num_threads(job_config.machine.threads or share_of_cores())
+        with ranks_here(job_config.machine) as ranks:
+            backbone = open_backbone(job_config, WEIGHTS)
+            if not ranks.leads:
+                _follow(job_config, backbone, ranks)
+                return
+            with Job(job_config, backbone, score_served, published, ranks) as job:
+                begun = job.resume(changed_recipe=changed_recipe)
+                write_durably(job_config.output / kept_as(config.name), written)
+                _run(job, begun)
+                kept = keep_learned(job)
+                verdict = _push(job, kept.learned, url) if push else None
     except PromptmuxError as error:
         fail(error.message)
     _report(kept, verdict, as_json=as_json)
+
+
+def _follow(config: JobConfig, backbone: OpenBackbone, ranks: Ranks) -> None:
+    """Learn beside the process that leads, or leave the command where a signal came before the end."""
+    from promptmux_server.training.shared import follow
+
+    with asked_to_stop() as stop:
+        run = follow(config, backbone, ranks, stop)
+    if not run.finished:
+        raise typer.Exit(STOPPED)
 
 
 def _queue(table: JobTable, job: JobConfig, config: Path, written: bytes, *, priority: int, push: bool) -> None:

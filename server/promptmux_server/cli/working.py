@@ -19,6 +19,7 @@ import torch
 
 from promptmux_prompts import Prompt
 from promptmux_server.cli.machine import usable_cores
+from promptmux_server.cli.published import published
 from promptmux_server.cli.training_scores import keep_learned, score_served
 from promptmux_server.cli.worker_publishing import publish
 from promptmux_server.errors import Internal, LeaseLost, PromptmuxError, RunHeld
@@ -140,7 +141,7 @@ def _run(table: JobTable, claim: Claim, lease: _Lease, stop: Stop, url: str | No
     request = TrainingRequest.of(claim.job.payload)
     config = request.parsed()
     torch.set_num_threads(config.machine.threads or usable_cores())
-    with Job(config, open_backbone(config, WEIGHTS), score_served) as job:
+    with Job(config, open_backbone(config, WEIGHTS), score_served, published) as job:
         job.resume()
         write_durably(config.output / kept_as(request.name), request.config.encode())
         tell = _teller(table, claim)

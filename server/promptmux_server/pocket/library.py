@@ -39,9 +39,8 @@ from promptmux_server.tasks.trie import Trie
 from promptmux_server.training.batch import Cursor, TrainingBatch
 from promptmux_server.training.cohort import Cohort
 from promptmux_server.training.forward import Example
-from promptmux_server.training.initial import text_table
+from promptmux_server.training.initial import Begin, begin_of_texts
 from promptmux_server.training.methods import DeepPrompts
-from promptmux_server.training.methods.prompts import Begin
 from promptmux_server.training.recipe import PromptRecipe, StepRecipe
 from promptmux_server.training.run import Run
 
@@ -145,7 +144,7 @@ def tune_tasks(
     """Tune shipped prompts, all in one batch; their manifests have no score yet."""
     cohort = Cohort()
     for task in tasks:
-        begin = Begin(text_table(model, (BOS, *tokenizer.encode(BEGIN_TEXTS[task]), EOS)))
+        begin = Begin(begin_of_texts(model, [(BOS, *tokenizer.encode(BEGIN_TEXTS[task]), EOS)]).encoder)
         recipe = step_recipe(task)
         method = DeepPrompts(model, PROMPT, seed=recipe.seed, begin=begin)
         cohort.join(Run(task, method, recipe, SceneBatches(task, backbone, tokenizer, data, seen)))

@@ -16,24 +16,28 @@ import torch
 
 from promptmux_prompts import Prompt
 from promptmux_server.errors import PromptmuxError, TrainingDiverged, TrainingError
+from promptmux_server.training.beginning import beginning
 from promptmux_server.training.checkpoint import Checkpoint, Checkpoints
 from promptmux_server.training.cohort import Cohort
 from promptmux_server.training.curve import Curve
-from promptmux_server.training.data.batches import FileBatches
-from promptmux_server.training.data.encode import SampleEncoder
-from promptmux_server.training.data.task_data import open_task_data
-from promptmux_server.training.feature_cache import FeatureCache
+from promptmux_server.training.initial import Begin
 from promptmux_server.training.job_config import JobConfig
-from promptmux_server.training.job_parts import method_of, prompt_of, task_spec
-from promptmux_server.training.methods import trainable
+from promptmux_server.training.job_parts import method_of, prompt_of
+from promptmux_server.training.material import Material
+from promptmux_server.training.methods import Method, trainable
 from promptmux_server.training.metrics import Score
+from promptmux_server.training.published import OpenPublished, PublishedFolder
+from promptmux_server.training.ranks import ALONE, Ranks
+from promptmux_server.training.recipe import StepRecipe
 from promptmux_server.training.run import Run, StepReport
-from promptmux_server.training.seeing import Pixels, Preparation, Stem
-from promptmux_server.training.validation import OpenBackbone, Scorer, exam_of
+from promptmux_server.training.shared import share_state
+from promptmux_server.training.validation import OpenBackbone, Scorer
 from promptmux_server.training.weights_delta import WeightsDelta
 
 RECIPE = "steps"
 """The topic of an identity that a person may allow to differ: rates and schedule, which fit any state."""
+BEGUN_FROM = "begun_from"
+"""Kept with an identity, and not compared: what was found once is not looked for again, for it may have changed."""
 
 
 @dataclass(frozen=True)
@@ -68,52 +72,62 @@ Learned = Prompt | WeightsDelta
 class Job:
     """An open job, to be used as a context: its data are checked, and nobody else may write its checkpoints."""
 
-    def __init__(self, config: JobConfig, backbone: OpenBackbone, scorer: Scorer) -> None:
-        """Raises TrainingConfigError, DataError, CheckpointNotWritten."""
-        self.config, self.backbone, self._scorer = config, backbone, scorer
-        spec = task_spec(config, backbone)
-        self._manifest = spec.manifest
-        encoder = SampleEncoder(spec, backbone.tokenizer)
-        self.data = open_task_data(config.data, encoder, config.cache_folder)
-        run = config.run
-        self.exam = exam_of(self.data.validation, run.validation_samples, config.task.kind, run.metric)
-        self._seen = FeatureCache(config.cache_folder / "pictures")
-        self.method = method_of(config, backbone)
-        stem: Stem | Pixels
-        if self.method.needs_pixels:
-            stem = Pixels(Preparation.of(spec))
-        else:
-            stem = Stem(backbone.model, backbone.loaded.fingerprint, Preparation.of(spec), self._seen)
-        batches = FileBatches(self.data.train, encoder, stem, run.rows)
-        self.run = Run(config.task.name, self.method, config.steps, batches)
+    def __init__(
+        self,
+        config: JobConfig,
+        backbone: OpenBackbone,
+        scorer: Scorer,
+        published: OpenPublished = PublishedFolder,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        """`published` finds prompts to begin from; of several `ranks` this one must lead, and the others `follow`.
+
+        Raises TrainingConfigError, DataError, CheckpointNotWritten.
+        """
+        self.config, self.backbone, self._scorer, self._published = config, backbone, scorer, published
+        self._ranks = ranks
+        self._material = Material(config, backbone, ranks)
+        self.data, self.exam, self._manifest = self._material.data, self._material.exam, self._material.manifest
+        self.run = self._material.start(config.task.name, method_of(config, backbone), config.steps)
+        self._begun_from: Any = None
         self._identity = self._what_it_is()
-        self._checkpoints = Checkpoints(config.output / "checkpoints", keep_last=run.keep_checkpoints)
+        self._checkpoints = Checkpoints(config.output / "checkpoints", keep_last=config.run.keep_checkpoints)
         self._curve = Curve(config.output / "curve.jsonl")
         self._held = ExitStack()
 
     def __enter__(self) -> Self:
         """Raises RunHeld where another process has this job."""
         self._held.enter_context(self._checkpoints.held())
-        self._held.enter_context(self._seen)
+        self._held.enter_context(self._material)
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._held.close()
 
+    @property
+    def method(self) -> Method:
+        """What learns."""
+        return self.run.method
+
     def resume(self, *, changed_recipe: bool = False) -> int:
         """Stand where the last good checkpoint does, or at the beginning; answers the step.
 
-        `changed_recipe` allows one of another step recipe. Raises TrainingError for a checkpoint of another run.
+        `changed_recipe` allows one of another step recipe. Raises TrainingError for a checkpoint of another run,
+        TrainingConfigError for a beginning that cannot be had.
         """
         found = self._checkpoints.newest()
         if found is not None:
             self._check_same_run(found, RECIPE if changed_recipe else None)
             self.run.restore(found.state)
+            self._begun_from = found.identity[BEGUN_FROM]
+        elif self.config.method.name == "prompt":
+            self._begin()
         self._curve.go_back(self.run.step)
         return self.run.step
 
     def events(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Event]:
         """Learn to the last step, or until `stop` says so. Raises what the run fails of; what was kept stays."""
+        share_state(self._ranks, self.run.state())
         cohort = Cohort(self.config.compute)
         if not self.run.finished:
             cohort.join(self.run)
@@ -130,9 +144,10 @@ class Job:
             for report in advance.steps:
                 self._curve.add(report)
                 yield Stepped(report)
-                stopping = stop() and not self.run.finished
+                stopping = self._ranks.agree(stop()) and not self.run.finished
                 yield from self._keep(report.step, stopping=stopping)
                 if stopping:
+                    self._ranks.agree(True)  # whoever ended earlier might have the others ended by what started them
                     yield Stopped(report.step)
                     return
 
@@ -149,6 +164,17 @@ class Job:
             return prompt_of(manifest, self.run.saved())
         return WeightsDelta(method.name, method.width, manifest, self.run.saved())
 
+    def _begin(self) -> None:
+        """Put the run where `[begin]` says."""
+
+        def probe(name: str, begin: Begin, recipe: StepRecipe) -> Run:
+            return self._material.start_alone(name, method_of(self.config, self.backbone, begin), recipe)
+
+        first = beginning(self.config, self.backbone, self._published, probe)
+        method = method_of(self.config, self.backbone, first.tables)
+        self.run = self._material.start(self.run.name, method, self.config.steps)
+        self._begun_from = first.told
+
     def _keep(self, step: int, *, stopping: bool) -> Iterator[Event]:
         """Score and save what is due behind a step."""
         score = None
@@ -156,7 +182,8 @@ class Job:
             score = self._score()
             self._curve.add_score(step, score)
         if score is not None or stopping or step % self.config.run.checkpoint_every == 0:
-            self._checkpoints.save(self.run.state(), self._identity, None if score is None else score.value)
+            identity = {**self._identity, BEGUN_FROM: self._begun_from}
+            self._checkpoints.save(self.run.state(), identity, None if score is None else score.value)
         if score is not None:
             yield Scored(step, score, max(mark.score for mark in self._checkpoints.marks() if mark.score is not None))
 
@@ -176,15 +203,12 @@ class Job:
         return TrainingDiverged(error.run, error.step, error.what, marks[-1].name if marks else None)
 
     def _what_it_is(self) -> dict[str, Any]:
-        config, held_out = self.config, self.data.validation
+        config = self.config
         return {
-            "backbone": [self.backbone.loaded.fingerprint, str(self.backbone.model.dtype)],
+            **self._material.identity(),
             "task": hashlib.sha256(self._manifest.to_json().encode()).hexdigest(),
-            "data": [self.data.train.digest, config.run.rows],
-            "pictures": self.data.pictures,
-            "validation": [[rows.source.sha256 for rows in held_out], len(self.exam.questions), self.exam.metric],
             "method": asdict(config.method),
-            "prompt": [asdict(config.prompt), config.begin.text],
+            "prompt": [asdict(config.prompt), config.begin.asked],
             RECIPE: asdict(config.steps),
         }
 
@@ -202,7 +226,7 @@ class Job:
     def _provenance(self, step: int) -> dict[str, Any]:
         """Where what was learned came from, as its manifest tells it."""
         config, steps = self.config, self.config.steps
-        prompt = {"generator": config.prompt.generator, "begun_from": config.begin.text or "noise"}
+        prompt = {"generator": config.prompt.generator, BEGUN_FROM: self._begun_from}
         return {
             "method": config.method.name,
             **(prompt if config.method.name == "prompt" else {}),

@@ -1,23 +1,24 @@
-"""What one training job is, as written in TOML or JSON: nouns, defaults, bounds, and what is said about mistakes.
+"""What one training job is, as written in TOML or JSON: nouns, defaults, bounds, and what does not go together.
 
-Owns the file's sections and where in the file a mistake stands. Opens none of the files that are named.
+Owns the file's sections; what is said of mistakes in it is `config_mistakes`' business. Opens none of the files that
+are named.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from promptmux_prompts import Kind
 from promptmux_server.errors import TrainingConfigError
+from promptmux_server.training.config_mistakes import Conflict, check_none, refuse
 from promptmux_server.training.data.source import SourceConfig
 from promptmux_server.training.data.task_data import DataConfig
 from promptmux_server.training.methods.weights import WeightsMethod
@@ -26,12 +27,12 @@ from promptmux_server.training.recipe import ComputeRecipe, PromptRecipe, StepRe
 
 Count = Annotated[int, Field(ge=1)]
 MOST_BYTES = 1 << 20
-MOST_TOLD, MOST_DETAILED = 20, 5
-"""Mistakes that are told of at once, in words and for programs."""
-UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 DEEP_KEY = re.compile(r"""^[ \t]*(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){9}""", re.MULTILINE)
 """A name of more parts than any setting has. The time that the parser takes grows with the square of their number:
 16,000 took it 2.4 s."""
+Texts = Annotated[Sequence[str], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)]
+PROMPT_FILE = ".safetensors"
+SERVER = ("http://", "https://")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +61,36 @@ class MethodConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BeginConfig:
-    """What the prompt is before the first step."""
+    """What the prompt is before the first step: noise, unless one of the first three says more."""
 
-    text: str | None = None
-    """Its keys and values in the backbone; None: noise."""
+    text: Texts | None = None
+    """The keys and values that the backbone computes for one text or several, on both sides."""
+    prompt: str | None = None
+    """A prompt file, or a name that `among` knows."""
+    nearest: Count | None = None
+    """The mean of so many prompts of `among`, those from which the task's first steps learn best."""
+    among: str | None = None
+    """A folder of prompt files, a server's `registry` folder, or a server's address."""
+
+    def __post_init__(self) -> None:
+        if sum(each is not None for each in (self.text, self.prompt, self.nearest)) > 1:
+            raise ValueError("say only one of text, prompt and nearest")
+        if self.text is not None and not (self.text and all(text.strip() for text in self.text)):
+            raise ValueError("text must not be empty")
+        by_name = self.prompt is not None and not self.prompt.endswith(PROMPT_FILE)
+        if (self.nearest is not None or by_name) and self.among is None:
+            raise ValueError(
+                "say where the prompts are: among must be a folder or a server's address "
+                f"(the name of a single prompt's file ends in {PROMPT_FILE})"
+            )
+        if self.among is not None and self.nearest is None and not by_name:
+            raise ValueError("among goes with nearest, or with the name of a prompt")
+
+    @property
+    def asked(self) -> list[Any]:
+        """The same for equal beginnings, wherever files lie; a JSON value."""
+        prompt = None if self.prompt is None else Path(self.prompt).name
+        return [None if self.text is None else list(self.text), prompt, self.nearest]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +120,8 @@ class MachineConfig:
     """Of the frozen backbone; what learns is float32."""
     threads: Count | None = None
     """Of one operation on a CPU; None: the cores that there are. Another number may round otherwise."""
+    patience_s: Annotated[float, Field(gt=0)] = 600.0
+    """How long one of several processes waits for another, for instance while it scores, before it gives up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,9 +207,8 @@ def parse_job(text: str, name: str, folder: Path) -> JobConfig:
     try:
         config = JobConfig.model_validate_json(document)
     except ValidationError as error:
-        _refuse(error, text, name)
-    if conflicts := [_told(text, place, reason) for place, reason in _conflicts(config, written)]:
-        raise _refusal(conflicts, name, conflicts[0]["field"])
+        refuse(error, JobConfig, text, name)
+    check_none(_conflicts(config, written), text, name)
     return _placed(config, folder)
 
 
@@ -202,49 +230,16 @@ def _placed(config: JobConfig, folder: Path) -> JobConfig:
     )
     backbone = config.backbone if config.backbone == "pocket" else str(folder / config.backbone)
     cache = None if config.cache is None else folder / config.cache
-    changes = {"backbone": backbone, "output": folder / config.output, "cache": cache, "data": placed}
+    begin, among, prompt = config.begin, config.begin.among, config.begin.prompt
+    if among is not None and not among.startswith(SERVER):
+        begin = replace(begin, among=str(folder / among))
+    if prompt is not None and prompt.endswith(PROMPT_FILE):
+        begin = replace(begin, prompt=str(folder / prompt))
+    changes = {"begin": begin, "backbone": backbone, "output": folder / config.output, "cache": cache, "data": placed}
     return config.model_copy(update=changes)
 
 
-def _refuse(error: ValidationError, text: str, name: str) -> NoReturn:
-    """Say many mistakes at once, each with its line."""
-    first = error.errors()[0]
-    known = first["loc"][:-1] if first["type"] in UNKNOWN else first["loc"]
-    told = [_mistake(mistake, text) for mistake in error.errors()[:MOST_TOLD]]
-    raise _refusal(told, name, ".".join(map(str, known)) or None) from error
-
-
-def _refusal(told: Sequence[Mapping[str, Any]], name: str, param: str | None) -> TrainingConfigError:
-    said = []
-    for each in told:
-        where = f"{name}, line {each['line']}" if each["line"] else name
-        said.append(f"{where}: {each['field']}: {each['reason']}")
-    return TrainingConfigError("\n".join(said), param=param, details={"mistakes": told[:MOST_DETAILED]})
-
-
-def _mistake(mistake: Mapping[str, Any], text: str) -> dict[str, Any]:
-    """A field, its line and what is wrong with it."""
-    place = [str(part) for part in mistake["loc"] if not isinstance(part, int)]
-    match mistake["type"]:
-        case kind if kind in UNKNOWN:
-            known = _fields_of(place[:-1])
-            near = difflib.get_close_matches(place[-1], known, 1)
-            meant = f"; did you mean `{near[0]}`?" if near else ""
-            reason = f"there is no such field here{meant} Allowed are {', '.join(known)}"
-        case "missing":
-            reason = "is missing"
-        case "value_error":
-            reason = str(mistake["ctx"]["error"])
-        case _:
-            reason = mistake["msg"][:1].lower() + mistake["msg"][1:]
-    return _told(text, place, reason)
-
-
-def _told(text: str, place: Sequence[str], reason: str) -> dict[str, Any]:
-    return {"field": ".".join(place), "line": _line_of(text, place), "reason": f"{reason}."}
-
-
-def _conflicts(config: JobConfig, written: Mapping[str, Any]) -> Iterator[tuple[Sequence[str], str]]:
+def _conflicts(config: JobConfig, written: Mapping[str, Any]) -> Iterator[Conflict]:
     """What does not go together, each with its place; `written` is the file as it stands, without defaults."""
     method = config.method
     if method.width is not None and method.name != "adapter":
@@ -270,39 +265,3 @@ USUAL_RATES: Mapping[str, str] = {
     "finetune": "scripts take 1e-5 to 5e-5",
 }
 """ofa-spec 5 and 9.6."""
-
-SECTIONS: Mapping[str, type] = {
-    "task": TaskConfig,
-    "data": DataConfig,
-    "method": MethodConfig,
-    "prompt": PromptRecipe,
-    "begin": BeginConfig,
-    "steps": StepRecipe,
-    "run": RunConfig,
-    "compute": ComputeRecipe,
-    "machine": MachineConfig,
-    "publish": PublishConfig,
-}
-
-
-def _fields_of(place: Sequence[str]) -> list[str]:
-    """Names that may stand in a section."""
-    if not place:
-        return list(JobConfig.model_fields)
-    owner: type = SourceConfig if len(place) > 1 else SECTIONS[place[0]]
-    assert is_dataclass(owner)
-    return [each.name for each in fields(owner)]
-
-
-def _line_of(text: str, place: Sequence[str]) -> int | None:
-    """The line (from 1) where a field stands, or else its section begins; None if neither is written out plainly."""
-    section: list[str] = []
-    nearest = None
-    for number, line in enumerate(text.splitlines(), 1):
-        if header := re.match(r"\s*\[\[?\s*([\w.-]+)\s*\]", line):
-            section = header[1].split(".")
-            if section == place[: len(section)]:
-                nearest = number
-        elif (key := re.match(r"\s*([\w.-]+)\s*=", line)) and [*section, *key[1].split(".")] == list(place):
-            return number
-    return nearest

@@ -11,16 +11,14 @@ from torch import Tensor
 
 from promptmux_prompts import InvalidPromptFile, Manifest, Prompt
 from promptmux_server.backbone.assemble import assemble, serving_dtype
-from promptmux_server.backbone.config import BOS, EOS
 from promptmux_server.backbone.weights import load_backbone
 from promptmux_server.errors import DataError, TrainingConfigError
 from promptmux_server.tasks import TaskSpec
 from promptmux_server.training.data.manifests import bare_manifest, labels_for
 from promptmux_server.training.data.source import distinct_targets, open_source
-from promptmux_server.training.initial import text_table
+from promptmux_server.training.initial import FROM_NOISE, Begin
 from promptmux_server.training.job_config import JobConfig
 from promptmux_server.training.methods import DeepPrompts, Method, weights_method
-from promptmux_server.training.methods.prompts import FROM_NOISE, Begin
 from promptmux_server.training.recipe import RecipeError
 from promptmux_server.training.validation import OpenBackbone
 
@@ -88,26 +86,18 @@ def _labels_found(config: JobConfig) -> list[str]:
     return list(found)
 
 
-def method_of(config: JobConfig, backbone: OpenBackbone) -> Method:
-    """What learns, at its beginning; raises TrainingConfigError."""
+def method_of(config: JobConfig, backbone: OpenBackbone, begin: Begin = FROM_NOISE) -> Method:
+    """What learns, at its beginning; `begin` is of prompts alone. Raises TrainingConfigError."""
     method = config.method
     if method.name == "prompt":
-        return _deep_prompts(config, backbone)
+        try:
+            return DeepPrompts(backbone.model, config.prompt, seed=config.steps.seed, begin=begin)
+        except RecipeError as error:
+            raise TrainingConfigError(f"prompt.{error}.") from error
     try:
         return weights_method(method.name, backbone.loaded, backbone.model, seed=config.steps.seed, width=method.width)
     except ValueError as error:
         raise TrainingConfigError(f"method.name: {error}.") from error
-
-
-def _deep_prompts(config: JobConfig, backbone: OpenBackbone) -> DeepPrompts:
-    begin, text = FROM_NOISE, config.begin.text
-    if text is not None:
-        source = (BOS, *backbone.tokenizer.encode(text), EOS)
-        begin = Begin(encoder=text_table(backbone.model, source))
-    try:
-        return DeepPrompts(backbone.model, config.prompt, seed=config.steps.seed, begin=begin)
-    except RecipeError as error:
-        raise TrainingConfigError(f"prompt.{error}.") from error
 
 
 def prompt_of(manifest: Manifest, tensors: Mapping[str, Tensor]) -> Prompt:

@@ -52,16 +52,21 @@ class PlaceNoise:
     """Times so far: a layer asks more than once, and each time means another draw."""
 
     def elements(self, x: Tensor) -> Tensor:
-        here, first, masks = self._here(), 0, []
-        for run in self.runs:
-            tokens = sum(self.rows.lengths[first : first + run.rows])
-            masks.append(run.chance.kept((tokens, x.shape[1]), run.dropout, here, x))
-            first += run.rows
+        here, lengths = self._here(), iter(self.rows.lengths)
+        masks = [
+            run.chance.kept(row, (next(lengths), x.shape[1]), run.dropout, here, x)
+            for run in self.runs
+            for row in range(run.rows)
+        ]
         return x * torch.cat(masks)
 
     def branches(self, x: Tensor) -> Tensor:
         here = self._here()
-        kept = [run.chance.kept((run.rows,), run.drop_path * self.depth, here, x) for run in self.runs]
+        kept = [
+            run.chance.kept(row, (1,), run.drop_path * self.depth, here, x)
+            for run in self.runs
+            for row in range(run.rows)
+        ]
         lengths = torch.tensor(self.rows.lengths, device=x.device)
         return x * torch.cat(kept).repeat_interleave(lengths)[:, None]
 

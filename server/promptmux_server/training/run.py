@@ -18,6 +18,7 @@ from promptmux_server.training.batch import Batches, Cursor, TrainingBatch
 from promptmux_server.training.chance import Chance
 from promptmux_server.training.loss import NO_LOSS, Loss, LossNumbers, label_smoothed_loss
 from promptmux_server.training.methods.method import Method
+from promptmux_server.training.ranks import ALONE, Ranks
 from promptmux_server.training.recipe import StepRecipe
 
 BETAS = (0.9, 0.999)
@@ -68,9 +69,10 @@ class _Underway:
 class Run:
     """Parameters under training, and all that decides what the next step makes of them."""
 
-    def __init__(self, name: str, method: Method, recipe: StepRecipe, data: Batches) -> None:
+    def __init__(self, name: str, method: Method, recipe: StepRecipe, data: Batches, ranks: Ranks = ALONE) -> None:
+        """With `ranks` of several processes, `data` are this one's share of the rows."""
         self.name, self.method, self.recipe, self.step = name, method, recipe, 0
-        self._data = data
+        self._data, self._ranks = data, ranks
         self._cursor: Cursor = None
         self._optimizer = torch.optim.AdamW(
             method.parameters.values(), recipe.learning_rate, BETAS, EPSILON, recipe.weight_decay
@@ -94,7 +96,8 @@ class Run:
         """The next batch of the step under way."""
         underway = self._underway
         batch, underway.ahead = self._data.take(underway.ahead)
-        part = Part(batch, Chance(self.recipe.seed, self.step, underway.parts))
+        chance = Chance(self.recipe.seed, self.step, underway.parts, self._ranks.number, self._ranks.count)
+        part = Part(batch, chance)
         underway.parts += 1
         return part
 
@@ -115,12 +118,14 @@ class Run:
 
         Raises TrainingDiverged, and leaves the parameters as they were, where loss or gradient is not finite.
         """
+        loss = self._ranks.add_losses(loss)
         if not math.isfinite(loss.total):
             raise TrainingDiverged(self.name, self.step + 1, "loss")
         self._underway.sums = sums = self._underway.sums.plus(loss)
         if self._underway.parts < self.recipe.accumulation:
             return None
         parameters = list(self.method.parameters.values())
+        self._ranks.add_gradients(parameters)
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad.div_(sums.tokens)

@@ -7,7 +7,6 @@ shared by all prompts, and only read.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +15,9 @@ from promptmux_prompts.importers.ofa import fold_generator, split_table
 from promptmux_server.backbone.config import BackboneConfig
 from promptmux_server.backbone.model import OFA
 from promptmux_server.training.chance import Chance
-from promptmux_server.training.initial import initial_table
+from promptmux_server.training.initial import FROM_NOISE, Begin, initial_table
 from promptmux_server.training.methods.method import KeyValue, RowPrompts
 from promptmux_server.training.recipe import PromptRecipe, RecipeError
-
-
-@dataclass(frozen=True)
-class Begin:
-    """Tables (n, layers * 2 * d_model) whose rows the prompt begins with, in place of noise, as far as they fit."""
-
-    encoder: Tensor | None = None
-    decoder: Tensor | None = None
-
-
-FROM_NOISE = Begin()
 
 
 class DeepPrompts:
@@ -87,7 +75,10 @@ class DeepPrompts:
     def _thinned(self, side: KeyValue, rows: int, chance: Chance, place: str) -> list[KeyValue]:
         """Every row's own copy, with numbers dropped one by one, as released."""
         key, value = (
-            part * chance.kept((rows, *part.shape), self._recipe.dropout, f"{place} {name}", part)
+            part
+            * torch.stack(
+                [chance.kept(row, part.shape, self._recipe.dropout, f"{place} {name}", part) for row in range(rows)]
+            )
             for part, name in zip(side, ("key", "value"), strict=True)
         )
         return list(zip(key, value, strict=True))
