@@ -17,16 +17,12 @@ from promptmux_server.errors import TrainingError
 from promptmux_server.training.checkpoint import Checkpoint, Checkpoints
 from promptmux_server.training.cohort import Cohort
 from promptmux_server.training.curve import Curve
-from promptmux_server.training.data.batches import FileBatches
-from promptmux_server.training.data.encode import SampleEncoder
-from promptmux_server.training.data.task_data import open_task_data
-from promptmux_server.training.feature_cache import FeatureCache
 from promptmux_server.training.job_config import JobConfig
-from promptmux_server.training.job_parts import deep_prompts, described, prompt_of, task_spec
+from promptmux_server.training.job_parts import deep_prompts, described, prompt_of, with_lengths
+from promptmux_server.training.material import Material
 from promptmux_server.training.metrics import METRICS, Score
 from promptmux_server.training.run import Run, StepReport
-from promptmux_server.training.seeing import Preparation, Stem
-from promptmux_server.training.validation import OpenBackbone, Scorer, questions_of
+from promptmux_server.training.validation import OpenBackbone, Scorer
 
 RECIPE = "steps"
 """The topic of an identity that a person may allow to differ: rates and schedule, which fit any state."""
@@ -61,19 +57,26 @@ Event = Stepped | Scored | Stopped
 class Job:
     """An open job, to be used as a context: its data are checked, and nobody else may write its checkpoints."""
 
-    def __init__(self, config: JobConfig, backbone: OpenBackbone, scorer: Scorer) -> None:
-        """Raises TrainingConfigError, DataError, CheckpointNotWritten."""
+    def __init__(
+        self,
+        config: JobConfig,
+        backbone: OpenBackbone,
+        scorer: Scorer,
+        *,
+        material: Material | None = None,
+        name: str | None = None,
+    ) -> None:
+        """`material` is what other jobs opened of the same data, and keep open; `name` tells runs of one batch apart.
+
+        Raises TrainingConfigError, DataError, CheckpointNotWritten.
+        """
         self.config, self.backbone, self._scorer = config, backbone, scorer
-        spec = task_spec(config, backbone)
-        self._manifest = spec.manifest
-        encoder = SampleEncoder(spec, backbone.tokenizer)
-        self.data = open_task_data(config.data, encoder, config.cache_folder)
-        self.questions = questions_of(self.data.validation, config.run.validation_samples)
-        self._seen = FeatureCache(config.cache_folder / "pictures")
-        self._method = deep_prompts(config, backbone)
-        stem = Stem(backbone.model, backbone.loaded.fingerprint, Preparation.of(spec), self._seen)
-        batches = FileBatches(self.data.train, encoder, stem, config.run.rows)
-        self.run = Run(config.task.name, self._method, config.steps, batches)
+        self._material = material or Material(config, backbone)
+        self._owns_material = material is None
+        self.data, self.questions = self._material.data, self._material.questions
+        self._manifest = with_lengths(self._material.manifest, config.prompt)
+        method = deep_prompts(config, backbone)
+        self.run = Run(name or config.task.name, method, config.steps, self._material.batches)
         self._checkpoints = Checkpoints(config.output / "checkpoints", keep_last=config.run.keep_checkpoints)
         self._curve = Curve(config.output / "curve.jsonl")
         self._held = ExitStack()
@@ -81,7 +84,8 @@ class Job:
     def __enter__(self) -> Self:
         """Raises RunHeld where another process has this job."""
         self._held.enter_context(self._checkpoints.held())
-        self._held.enter_context(self._seen)
+        if self._owns_material:
+            self._held.enter_context(self._material)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -109,13 +113,32 @@ class Job:
             for failure in advance.failed:
                 raise failure.error
             for report in advance.steps:
-                self._curve.add(report)
+                self.record(report)
                 yield Stepped(report)
                 stopping = stop() and not self.run.finished
-                yield from self._keep(report.step, stopping=stopping)
+                yield from self._keep_what_is_due(report.step, stopping=stopping)
                 if stopping:
                     yield Stopped(report.step)
                     return
+
+    def record(self, report: StepReport) -> None:
+        """Add a step to the curve."""
+        self._curve.add(report)
+
+    def keep(self) -> None:
+        """Save the run as it stands; raises CheckpointNotWritten."""
+        self._checkpoints.save(self.run.state(), self._identity())
+
+    def keep_scored(self) -> Score:
+        """Score the prompt as it stands, and save the run with it. Raises what the scorer does, CheckpointNotWritten."""
+        score = self._scorer(self.backbone, self._prompt(), self.questions)
+        self._curve.add_score(self.run.step, score)
+        self._checkpoints.save(self.run.state(), self._identity(), score.value)
+        return score
+
+    def scores(self) -> dict[int, float]:
+        """By step, those of the checkpoints that are kept."""
+        return {mark.step: mark.score for mark in self._checkpoints.marks() if mark.score is not None}
 
     def learned(self) -> Prompt:
         """The prompt of the best score, with where it comes from; raises TrainingError before the run's end."""
@@ -127,30 +150,23 @@ class Job:
         metric = {"name": name, "value": best.mark.score, "n": len(self.questions)}
         return described(self._prompt(), metric=metric, provenance=self._provenance(best.mark.step))
 
-    def _keep(self, step: int, *, stopping: bool) -> Iterator[Event]:
-        """Score and save what is due behind a step."""
-        score = None
+    def _keep_what_is_due(self, step: int, *, stopping: bool) -> Iterator[Event]:
         if step % self.config.validate_every == 0 or self.run.finished:
-            score = self._scorer(self.backbone, self._prompt(), self.questions)
-            self._curve.add_score(step, score)
-        if score is not None or stopping or step % self.config.run.checkpoint_every == 0:
-            self._checkpoints.save(self.run.state(), self._identity(), None if score is None else score.value)
-        if score is not None:
-            yield Scored(step, score, max(mark.score for mark in self._checkpoints.marks() if mark.score is not None))
+            score = self.keep_scored()
+            yield Scored(step, score, max(self.scores().values()))
+        elif stopping or step % self.config.run.checkpoint_every == 0:
+            self.keep()
 
     def _prompt(self) -> Prompt:
         """What has been learned, as it would be served."""
         return prompt_of(self._manifest, self.run.saved())
 
     def _identity(self) -> dict[str, Any]:
-        config, held_out = self.config, self.data.validation
         return {
-            "backbone": [self.backbone.loaded.fingerprint, str(self.backbone.model.dtype)],
+            **self._material.identity(),
             "task": hashlib.sha256(self._manifest.to_json().encode()).hexdigest(),
-            "data": [self.data.train.digest, config.run.rows],
-            "validation": [[rows.source.sha256 for rows in held_out], len(self.questions)],
-            "prompt": [asdict(config.prompt), config.begin.text],
-            RECIPE: asdict(config.steps),
+            "prompt": [asdict(self.config.prompt), self.config.begin.text],
+            RECIPE: asdict(self.config.steps),
         }
 
     def _check_same_run(self, found: Checkpoint, allowed: str | None) -> None:

@@ -22,7 +22,7 @@ from promptmux_server.training.initial import text_table
 from promptmux_server.training.job_config import JobConfig
 from promptmux_server.training.methods import DeepPrompts
 from promptmux_server.training.methods.prompts import FROM_NOISE, Begin
-from promptmux_server.training.recipe import RecipeError
+from promptmux_server.training.recipe import PromptRecipe, RecipeError
 from promptmux_server.training.validation import OpenBackbone
 
 MOST_LABELS = 256
@@ -63,15 +63,18 @@ def task_spec(config: JobConfig, backbone: OpenBackbone) -> TaskSpec:
             labels=labels,
             takes_image=task.takes_image,
         )
-        manifest = replace(
-            manifest,
-            decoding=dict(task.decoding),
-            encoder_length=prompt.encoder_length,
-            decoder_length=prompt.decoder_length,
-        )
+        manifest = with_lengths(replace(manifest, decoding=dict(task.decoding)), prompt)
         return TaskSpec.from_manifest(manifest, backbone.loaded.config)
     except InvalidPromptFile as error:
         raise TrainingConfigError(f"There can be no such task: {error}.") from error
+
+
+def with_lengths(manifest: Manifest, prompt: PromptRecipe) -> Manifest:
+    """The manifest for a prompt of this recipe; raises TrainingConfigError for one that is too long."""
+    try:
+        return replace(manifest, encoder_length=prompt.encoder_length, decoder_length=prompt.decoder_length)
+    except InvalidPromptFile as error:
+        raise TrainingConfigError(f"There can be no such prompt: {error}.") from error
 
 
 def _labels_found(config: JobConfig) -> list[str]:
