@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -82,9 +82,10 @@ def run_to_the_end(folder: Path, **changes: Any) -> Prompt:
 class Forks:
     """Starts runs and waits for them."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: str = __name__) -> None:
+        """Whose `main(folder)` a started process runs."""
         self._process = subprocess.Popen(
-            [sys.executable, "-c", "from training.job_worker import serve; serve()"],
+            [sys.executable, "-c", f"from {module} import main; from training.job_worker import serve; serve(main)"],
             cwd=Path(__file__).parents[1],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -119,15 +120,15 @@ class Forks:
 
 
 @contextmanager
-def forks() -> Iterator[Forks]:
-    started = Forks()
+def forks(module: str = __name__) -> Iterator[Forks]:
+    started = Forks(module)
     try:
         yield started
     finally:
         started.close()
 
 
-def serve() -> None:
+def serve(main: Callable[[Path], None]) -> None:
     """What the importing process does."""
     import torch
 
@@ -140,14 +141,18 @@ def serve() -> None:
             continue
         process = os.fork()
         if process == 0:
-            _work(Path(argument))
+            _work(main, Path(argument))
         print(process, flush=True)
 
 
-def _work(folder: Path) -> None:
+def main(folder: Path) -> None:
+    (folder / "digest").write_text(run_to_the_end(folder).digest)
+
+
+def _work(main: Callable[[Path], None], folder: Path) -> None:
     status = 1
     try:
-        (folder / "digest").write_text(run_to_the_end(folder).digest)
+        main(folder)
         status = 0
     except BaseException:
         traceback.print_exc()

@@ -30,6 +30,10 @@ class Verdict:
     served_score: float | None = None
     """None: nothing was served under the name, or nothing that could be compared."""
 
+    def __str__(self) -> str:
+        did = f"published as version {self.version}" if self.published else "not published, the file is kept"
+        return f"{did}: {self.reason}"
+
 
 def publish_if_better(
     url: str, name: str, prompt: Prompt, data: bytes, measure: Measure, *, margin: float, shape: PromptShape

@@ -51,7 +51,7 @@ def train(
     import torch
 
     from promptmux_server.cli.machine import usable_cores
-    from promptmux_server.cli.training_scores import keep_prompt, score_served
+    from promptmux_server.cli.training_scores import keep_prompt, push_if_better, score_served
     from promptmux_server.errors import PromptmuxError
     from promptmux_server.pocket import WEIGHTS
     from promptmux_server.training.curve import write_durably
@@ -71,7 +71,7 @@ def train(
             write_durably(job_config.output / "config.toml", written)
             _run(job, begun)
             path, prompt = keep_prompt(job)
-            verdict = _push(job, prompt, url) if push else None
+            verdict = push_if_better(job, prompt, url) if push else None
     except PromptmuxError as error:
         fail(error.message)
     _report(path, prompt, verdict, as_json=as_json)
@@ -105,22 +105,6 @@ def _run(job: Job, begun: int) -> None:
         raise typer.Exit(STOPPED)
 
 
-def _push(job: Job, prompt: Prompt, url: str) -> Verdict:
-    from promptmux_prompts import write_prompt
-    from promptmux_server.cli.publish_gate import publish_if_better
-    from promptmux_server.cli.training_scores import score_served
-
-    return publish_if_better(
-        url,
-        job.config.publish.name or prompt.manifest.name,
-        prompt,
-        write_prompt(prompt),
-        lambda other: score_served(job.backbone, other, job.questions).value,
-        margin=job.config.publish.margin,
-        shape=job.backbone.loaded.prompt_shape,
-    )
-
-
 def _report(path: Path, prompt: Prompt, verdict: Verdict | None, *, as_json: bool) -> None:
     metric: Any = prompt.manifest.metric
     step = prompt.manifest.provenance["chosen_step"]
@@ -130,5 +114,4 @@ def _report(path: Path, prompt: Prompt, verdict: Verdict | None, *, as_json: boo
         return
     typer.echo(f"{path}: {metric['name']} {metric['value']:.4f} on {metric['n']} held-out samples, step {step}")
     if verdict is not None:
-        did = f"published as version {verdict.version}" if verdict.published else "not published, the file is kept"
-        typer.echo(f"{did}: {verdict.reason}")
+        typer.echo(str(verdict))

@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from PIL import Image
 
 from promptmux_prompts import Prompt, write_prompt
 from promptmux_prompts.header import MAX_HEADER_BYTES
 from promptmux_server.backbone.images import DecodedImage
+from promptmux_server.cli.publish_gate import Verdict, publish_if_better
 from promptmux_server.engine.offline import engine_over
 from promptmux_server.engine.options import EngineOptions
 from promptmux_server.engine.rehearsal import record_canaries
@@ -25,6 +27,7 @@ from promptmux_server.engine.request import Answer, Request
 from promptmux_server.errors import NoBoxFound
 from promptmux_server.training.curve import write_durably
 from promptmux_server.training.job import Job
+from promptmux_server.training.job_parts import described
 from promptmux_server.training.metrics import METRICS, Score, worth
 from promptmux_server.training.validation import OpenBackbone, Question
 
@@ -86,12 +89,30 @@ def with_canaries(backbone: OpenBackbone, prompt: Prompt, questions: Sequence[Qu
     return prompt
 
 
-def keep_prompt(job: Job) -> tuple[Path, Prompt]:
-    """Write the prompt file that a job at its end has learned, and say where."""
-    prompt = with_canaries(job.backbone, job.learned(), job.questions)
-    path = job.config.output / f"{prompt.manifest.name}.safetensors"
+def keep_prompt(job: Job, folder: Path | None = None, **origin: Any) -> tuple[Path, Prompt]:
+    """Write the prompt file that a job at its end has learned, and say where; `origin` joins its provenance.
+
+    `folder` None: the job's own.
+    """
+    learned = job.learned()
+    told = described(learned, provenance={**learned.manifest.provenance, **origin})
+    prompt = with_canaries(job.backbone, told, job.questions)
+    path = (folder or job.config.output) / f"{prompt.manifest.name}.safetensors"
     write_durably(path, write_prompt(prompt))
     return path, prompt
+
+
+def push_if_better(job: Job, prompt: Prompt, url: str) -> Verdict:
+    """Publish what a job has learned into a running server, if it is better than what is served there."""
+    return publish_if_better(
+        url,
+        job.config.publish.name or prompt.manifest.name,
+        prompt,
+        write_prompt(prompt),
+        lambda other: score_served(job.backbone, other, job.questions).value,
+        margin=job.config.publish.margin,
+        shape=job.backbone.loaded.prompt_shape,
+    )
 
 
 def _canary_input(question: Question) -> dict[str, str]:

@@ -130,7 +130,7 @@ class Job:
         self._checkpoints.save(self.run.state(), self._identity())
 
     def keep_scored(self) -> Score:
-        """Score the prompt as it stands, and save the run with it. Raises what the scorer does, CheckpointNotWritten."""
+        """Score the prompt as it stands, and save the run with it; raises CheckpointNotWritten."""
         score = self._scorer(self.backbone, self._prompt(), self.questions)
         self._curve.add_score(self.run.step, score)
         self._checkpoints.save(self.run.state(), self._identity(), score.value)

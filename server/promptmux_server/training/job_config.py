@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -115,8 +115,17 @@ class JobConfig(BaseModel):
         return self.run.validate_every or max(1, self.steps.steps // 10)
 
 
+Config = TypeVar("Config", bound=JobConfig)
+
+
 def read_job(path: Path) -> tuple[JobConfig, bytes]:
     """A job and the bytes that it was read from; raises TrainingConfigError."""
+    text = read_text(path)
+    return parse_job(text, path.name, path.resolve().parent), text.encode()
+
+
+def read_text(path: Path) -> str:
+    """A configuration's text; raises TrainingConfigError."""
     try:
         with path.open("rb") as file:
             data = file.read(MOST_BYTES + 1)
@@ -125,11 +134,16 @@ def read_job(path: Path) -> tuple[JobConfig, bytes]:
         raise TrainingConfigError(f"{path.name} cannot be read as UTF-8 text: check its name and kind.") from error
     if len(data) > MOST_BYTES:
         raise TrainingConfigError(f"{path.name} is too large for a configuration: data belong in files of their own.")
-    return parse_job(text, path.name, path.resolve().parent), data
+    return text
 
 
 def parse_job(text: str, name: str, folder: Path) -> JobConfig:
     """A job from a file's text; `name` is for messages, `folder` is where relative paths start."""
+    return parse_config(JobConfig, text, name, folder)
+
+
+def parse_config(model: type[Config], text: str, name: str, folder: Path) -> Config:
+    """A job, or a job with sections of its own, as `parse_job`."""
     try:
         document = json.dumps(tomllib.loads(text), allow_nan=False)
     except tomllib.TOMLDecodeError as error:
@@ -137,13 +151,13 @@ def parse_job(text: str, name: str, folder: Path) -> JobConfig:
     except (TypeError, ValueError) as error:
         raise TrainingConfigError(f"{name}: no setting is a date, a time, inf or nan.") from error
     try:
-        config = JobConfig.model_validate_json(document)
+        config = model.model_validate_json(document)
     except ValidationError as error:
-        _refuse(error, text, name)
+        _refuse(error, model, text, name)
     return _placed(config, folder)
 
 
-def _placed(config: JobConfig, folder: Path) -> JobConfig:
+def _placed(config: Config, folder: Path) -> Config:
     """The job with its relative paths put behind a folder."""
 
     def source(given: SourceConfig) -> SourceConfig:
@@ -165,47 +179,43 @@ def _placed(config: JobConfig, folder: Path) -> JobConfig:
     return config.model_copy(update=changes)
 
 
-def _refuse(error: ValidationError, text: str, name: str) -> NoReturn:
+def _refuse(error: ValidationError, model: type[BaseModel], text: str, name: str) -> NoReturn:
     """Say all mistakes at once, each with its line."""
     said = []
     for mistake in error.errors():
         place = [str(part) for part in mistake["loc"] if not isinstance(part, int)]
-        known = _fields_of(place[:-1])
         match mistake["type"]:
             case "extra_forbidden" | "unexpected_keyword_argument":
-                near = difflib.get_close_matches(place[-1], known, 1)
-                meant = f"; did you mean `{near[0]}`?" if near else ""
-                reason = f"there is no such field here{meant} Allowed are {', '.join(known)}"
+                reason = no_such_field(place[-1], _fields_of(model, place[:-1]))
             case "missing":
                 reason = "is missing"
             case "value_error":
                 reason = str(mistake["ctx"]["error"])
             case _:
                 reason = mistake["msg"][:1].lower() + mistake["msg"][1:]
-        line = _line_of(text, place)
-        where = f"{name}, line {line}" if line else name
-        said.append(f"{where}: {'.'.join(place)}: {reason}.")
+        said.append(at_line(text, name, place, reason))
     raise TrainingConfigError("\n".join(said)) from error
 
 
-SECTIONS: Mapping[str, type] = {
-    "task": TaskConfig,
-    "data": DataConfig,
-    "prompt": PromptRecipe,
-    "begin": BeginConfig,
-    "steps": StepRecipe,
-    "run": RunConfig,
-    "compute": ComputeRecipe,
-    "machine": MachineConfig,
-    "publish": PublishConfig,
-}
+def no_such_field(field: str, known: Sequence[str]) -> str:
+    """What is said of a name that stands where it may not."""
+    near = difflib.get_close_matches(field, known, 1)
+    meant = f"; did you mean `{near[0]}`?" if near else ""
+    return f"there is no such field here{meant} Allowed are {', '.join(known)}"
 
 
-def _fields_of(place: Sequence[str]) -> list[str]:
+def at_line(text: str, name: str, place: Sequence[str], reason: str) -> str:
+    """What is wrong at a place of a file, with its line."""
+    line = _line_of(text, place)
+    where = f"{name}, line {line}" if line else name
+    return f"{where}: {'.'.join(place)}: {reason}."
+
+
+def _fields_of(model: type[BaseModel], place: Sequence[str]) -> list[str]:
     """Names that may stand in a section."""
     if not place:
-        return list(JobConfig.model_fields)
-    owner: type = SourceConfig if len(place) > 1 else SECTIONS[place[0]]
+        return list(model.model_fields)
+    owner = SourceConfig if len(place) > 1 else model.model_fields[place[0]].annotation
     assert is_dataclass(owner)
     return [each.name for each in fields(owner)]
 
