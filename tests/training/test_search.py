@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from optuna.storages.journal import JournalFileBackend
 
-from promptmux_server.errors import TrainingError
+from promptmux_server.errors import CheckpointNotWritten, TrainingError
 from promptmux_server.training.job import Job
 from promptmux_server.training.loss import Loss
 from promptmux_server.training.methods import DeepPrompts
@@ -157,6 +160,23 @@ def test_what_a_dead_process_left_of_the_journal_is_mended(tmp_path: Path) -> No
     assert journal.read_bytes().endswith(b"}\n")
 
 
+def test_a_full_disk_ends_the_search_and_it_goes_on(
+    done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append, written = JournalFileBackend.append_logs, []
+
+    def full(self: JournalFileBackend, logs: list[dict[str, object]]) -> None:
+        written.append(logs)
+        if len(written) == 30:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        append(self, logs)
+
+    monkeypatch.setattr(JournalFileBackend, "append_logs", full)
+    with pytest.raises(CheckpointNotWritten, match=r"journal of the search cannot be written: the disk is full\. Make"):
+        run(search(tmp_path))
+    assert run(search(tmp_path))[1] == done[2]
+
+
 def test_the_report_has_every_trial_with_its_curve(done: Done) -> None:
     report = read_report(done[0] / "search")
     assert report.trials == done[2]
@@ -167,3 +187,22 @@ def test_the_report_has_every_trial_with_its_curve(done: Done) -> None:
         assert max(report.curves[trial.name].step) == max(trial.scores)
     with pytest.raises(TrainingError, match="no journal"):
         read_report(done[0])
+
+
+def test_a_drawing_that_was_cut_short_goes_on_to_the_same_values(tmp_path: Path) -> None:
+    """Of a trial without a past, and of one that the sampler draws from what others scored."""
+    space, drawn = config(tmp_path).search.space, 12
+    for folder in ("whole", "cut"):
+        (tmp_path / folder).mkdir()
+    whole = Study.open(tmp_path / "whole", space, 1)
+    journal, cut = tmp_path / "whole/journal.jsonl", tmp_path / "cut/journal.jsonl"
+    for number in range(drawn):
+        before = journal.read_bytes().count(b"\n") if number in (0, drawn - 1) else None
+        trial = whole.draw(0)
+        if before is not None:
+            lines = journal.read_bytes().splitlines(keepends=True)
+            for end in range(before + 1, len(lines)):
+                cut.write_bytes(b"".join(lines[:end]))
+                assert [t.values for t in Study.open(cut.parent, space, 1).go_on(0)] == [trial.values]
+        whole.report(number, 2, float(number % 5))
+        whole.end(number, "complete", float(number % 5))

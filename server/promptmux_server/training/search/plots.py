@@ -64,7 +64,8 @@ def curves(report: Report) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         for rung in report.about["rungs"]:
             axes.axvline(rung, color=QUIET, linewidth=0.9, linestyle=(0, (2, 3)), zorder=1)
-            axes.annotate("rung", (rung, 1.0), (3, -2), ("data", "axes fraction"), "offset points", va="top", **SMALL)
+            axes.annotate("rung", (rung, 0.0), (3, 3), ("data", "axes fraction"), "offset points", **SMALL)
+    scores.margins(y=0.12)
     _name_best(scores, report)
     _legend(made, report)
     return made
@@ -174,7 +175,7 @@ def _name_best(axes: Axes, report: Report) -> None:
 
 
 def _legend(made: Figure, report: Report) -> None:
-    states = {trial.state for trial in report.trials}
+    states = {trial.state for trial in report.trials if trial != report.best}
     known: list[tuple[str, str]] = [("best", BEST)] if report.best else []
     known += [(state, colour) for state, colour in COLOURS.items() if state in states]
     marks = [Line2D([], [], color=colour, linewidth=0, marker="o", markersize=6, label=name) for name, colour in known]

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from promptmux_server.errors import TrainingConfigError, TrainingDiverged, TrainingError
-from promptmux_server.training.checkpoint import held_folder
+from promptmux_server.training.checkpoint import held_folder, not_written
 from promptmux_server.training.cohort import Cohort, Failure
 from promptmux_server.training.job import Job
 from promptmux_server.training.material import Material
@@ -78,10 +78,13 @@ class Search:
         self._held = ExitStack()
 
     def __enter__(self) -> Self:
-        """Raises RunHeld where another process has this search, TrainingError where the folder is another search's."""
+        """Raises RunHeld where another process has this search, TrainingError where the folder is another search's.
+
+        Raises CheckpointNotWritten too.
+        """
         config = self.config
-        config.output.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as held:
+        with ExitStack() as held, _disk_errors_named():
+            config.output.mkdir(parents=True, exist_ok=True)
             held.enter_context(held_folder(config.output))
             held.enter_context(self.material)
             self._study = Study.open(config.output, config.search.space, config.search.seed)
@@ -101,18 +104,19 @@ class Search:
 
         Raises what no other trial could do better: DataError, CheckpointNotWritten, and TrainingError if all failed.
         """
-        yield from self._go_on()
-        while True:
-            if self._level():
-                yield from self._settle()
-                yield from self._refill()
-            if not self._jobs:
-                break
-            if stop():
-                self._keep()
-                yield Stopped()
-                return
-            yield self._advance()
+        with _disk_errors_named():
+            yield from self._go_on()
+            while True:
+                if self._level():
+                    yield from self._settle()
+                    yield from self._refill()
+                if not self._jobs:
+                    break
+                if stop():
+                    self._keep()
+                    yield Stopped()
+                    return
+                yield self._advance()
         self._check_any_complete()
 
     def job_of(self, trial: TrialRecord) -> Job:
@@ -249,3 +253,12 @@ class Search:
             "seed": search.seed,
             "space": {field: asdict(axis) for field, axis in search.space.items()},
         }
+
+
+@contextmanager
+def _disk_errors_named() -> Iterator[None]:
+    """Raises CheckpointNotWritten for what Optuna lets through: its journal is the only file written here."""
+    try:
+        yield
+    except OSError as error:
+        raise not_written("The journal of the search cannot be written", error) from error

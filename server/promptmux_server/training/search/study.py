@@ -81,7 +81,6 @@ class Study:
 
     def draw(self, clock: int) -> TrialRecord:
         """The next trial, which joins at a time of the search's clock."""
-        self._study.sampler = self._sampler(len(self._frozen()))
         return self._drawn(self._study.ask(), clock)
 
     def go_on(self, clock: int) -> list[TrialRecord]:
@@ -89,7 +88,6 @@ class Study:
         found = []
         for frozen in self._frozen():
             if frozen.state == TrialState.RUNNING:
-                self._study.sampler = self._sampler(frozen.number)
                 trial = optuna.Trial(self._study, frozen._trial_id)
                 found.append(self._drawn(trial, frozen.user_attrs.get(JOINED, clock)))
         return found
@@ -149,15 +147,18 @@ class Study:
         return self._study.get_trials(deepcopy=False)
 
     def _drawn(self, trial: optuna.Trial, clock: int) -> TrialRecord:
+        self._study.sampler = self._sampler(trial.number, "")
+        assert trial.relative_params is not None  # drawn now, all together; the next lines take from it what it has
         for field, axis in self._space.items():
+            self._study.sampler = self._sampler(trial.number, field)
             _draw_value(trial, field, axis)
         trial.set_user_attr(JOINED, clock)
         self._live[trial.number] = trial
         return _record(self._frozen()[trial.number])
 
-    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
-        """One for a trial alone: it has no past of its own, which a process that dies would take with it."""
-        digest = hashlib.blake2b(f"{self._seed} {number}".encode(), digest_size=4).digest()
+    def _sampler(self, number: int, field: str) -> optuna.samplers.BaseSampler:
+        """One for a trial's field alone: it has no past of its own, which a process that dies would take with it."""
+        digest = hashlib.blake2b(f"{self._seed} {number} {field}".encode(), digest_size=4).digest()
         return optuna.samplers.TPESampler(seed=int.from_bytes(digest, "big"), multivariate=True)
 
 
