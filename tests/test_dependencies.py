@@ -53,20 +53,29 @@ def imported_distributions(folders: Iterable[str]) -> set[str]:
 
 
 def test_every_import_of_the_server_is_declared_and_every_declaration_used() -> None:
-    """What only the Triton form imports, and nothing else may, is declared by the extra `gpu`."""
-    optional = names(project()["gpu"])
+    """What only the Triton form, or only a search imports, and nothing else may, is declared by an extra."""
+    optional = names(project()["gpu"]) | names(project()["train"])
     used = imported_distributions(RUNTIME) | TAKEN_BY_NAME
     assert used - optional == names(project()["runtime"]) - OURS
     assert used & optional == optional
 
 
-def test_the_optional_imports_stay_in_the_packages_that_are_imported_lazily() -> None:
-    lazy = {ROOT / "kernels/promptmux_kernels" / package for package in ("triton_ops", "bench")}
+LAZY = {
+    "triton": ("kernels/promptmux_kernels/triton_ops", "kernels/promptmux_kernels/bench"),
+    "optuna": ("server/promptmux_server/training/search",),
+    "matplotlib": ("server/promptmux_server/training/search",),
+}
+"""Packages that only extras bring, and the folders whose modules may import them."""
+
+
+@pytest.mark.parametrize("package", LAZY)
+def test_the_optional_imports_stay_in_the_packages_that_are_imported_lazily(package: str) -> None:
+    lazy = {ROOT / folder for folder in LAZY[package]}
     importers = {
         path
         for folder in RUNTIME
         for path in (ROOT / folder).rglob("*.py")
-        if "triton" in imported_modules(path.read_text(encoding="utf-8"))
+        if package in imported_modules(path.read_text(encoding="utf-8"))
     }
     assert importers
     assert [path for path in sorted(importers) if not lazy & set(path.parents)] == []

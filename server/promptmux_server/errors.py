@@ -56,6 +56,7 @@ the one place that turns an exception into an answer.
     │   ├── RunHeld                    500  run_held               another process trains into the same folder
     │   ├── PeerLost                   500  peer_lost              another process of the same run ended or is silent
     │   └── CheckpointNotWritten       500  checkpoint_not_written the disk; earlier checkpoints stand
+    ├── ExtraMissing                   500  extra_missing          an optional package is not installed
     ├── LeaseLost                      500  lease_lost             another worker has the job
     ├── TrainingConfigError            422  invalid_training_config
     └── DataError                      422  invalid_training_data  raised while training data are read
@@ -457,6 +458,15 @@ class CheckpointNotWritten(TrainingError):
     """The disk did not take what a run wants to keep. Earlier checkpoints stand."""
 
     code = "checkpoint_not_written"
+
+
+class ExtraMissing(PromptmuxError):
+    """The command needs packages that only an extra brings."""
+
+    code = "extra_missing"
+
+    def __init__(self, extra: str, package: str) -> None:
+        super().__init__(f"This needs {package}, which is not installed: pip install 'promptmux-server[{extra}]'.")
 
 
 class LeaseLost(PromptmuxError):

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -89,9 +89,10 @@ def run_to_the_end(folder: Path, **changes: Any) -> Learned:
 class Forks:
     """Starts runs and waits for them."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: str = __name__) -> None:
+        """Whose `main(folder, steps)` a started process runs."""
         self._process = subprocess.Popen(
-            [sys.executable, "-c", "from training.job_worker import serve; serve()"],
+            [sys.executable, "-c", f"from {module} import main; from training.job_worker import serve; serve(main)"],
             cwd=Path(__file__).parents[1],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -126,15 +127,15 @@ class Forks:
 
 
 @contextmanager
-def forks() -> Iterator[Forks]:
-    started = Forks()
+def forks(module: str = __name__) -> Iterator[Forks]:
+    started = Forks(module)
     try:
         yield started
     finally:
         started.close()
 
 
-def serve() -> None:
+def serve(main: Callable[[Path, int], None]) -> None:
     """What the importing process does."""
     import torch
 
@@ -147,16 +148,20 @@ def serve() -> None:
             continue
         process = os.fork()
         if process == 0:
-            _work(Path(argument), int(verb))
+            _work(main, Path(argument), int(verb))
         print(process, flush=True)
 
 
-def _work(folder: Path, steps: int) -> None:
+def main(folder: Path, steps: int) -> None:
+    learned = run_to_the_end(folder, steps=recipe(steps))
+    assert isinstance(learned, Prompt)
+    (folder / "digest").write_text(learned.digest)
+
+
+def _work(main: Callable[[Path, int], None], folder: Path, steps: int) -> None:
     status = 1
     try:
-        learned = run_to_the_end(folder, steps=recipe(steps))
-        assert isinstance(learned, Prompt)
-        (folder / "digest").write_text(learned.digest)
+        main(folder, steps)
         status = 0
     except BaseException:
         traceback.print_exc()

@@ -16,7 +16,6 @@ from promptmux_prompts import Prompt
 from promptmux_server.backbone.weights import LoadedBackbone
 from promptmux_server.errors import CheckpointNotWritten, DataError, TrainingDiverged, TrainingError
 from promptmux_server.training import cohort as cohort_module
-from promptmux_server.training import job as job_module
 from promptmux_server.training import run as run_module
 from promptmux_server.training.checkpoint import Checkpoints
 from promptmux_server.training.job import Event, Job, Scored, Stopped
@@ -197,17 +196,17 @@ def test_a_picture_that_is_spoilt_while_a_job_runs_is_named(tmp_path: Path) -> N
 
 def test_a_full_disk_ends_the_run_and_loses_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go(short(tmp_path), 3)
-    write = job_module.Checkpoints._write
+    write = Checkpoints._write
 
     def full(self: Checkpoints, *arguments: object) -> None:
         self._disk.make_folder("unfinished-1")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
-        patched.setattr(job_module.Checkpoints, "_write", full)
+        patched.setattr(Checkpoints, "_write", full)
         with pytest.raises(CheckpointNotWritten, match=r"step 4 cannot be written: the disk is full\. Make room"):
             go(short(tmp_path))
-    assert job_module.Checkpoints._write is write
+    assert Checkpoints._write is write
     assert kept(tmp_path) == [2, 3]
     go(short(tmp_path))
     assert kept(tmp_path)[-1] == 8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from promptmux_server.cli import ask, bench, converting, data, job_commands, prompts, serving, training
+from promptmux_server.cli import ask, bench, converting, data, job_commands, prompts, searching, serving, training
 
 app = typer.Typer(
     name="promptmux",
@@ -19,5 +19,6 @@ prompts.register(app)
 converting.register(app)
 data.register(app)
 training.register(app)
+searching.register(app)
 job_commands.register(app)
 bench.register(app)

@@ -13,8 +13,9 @@ import torch
 
 from promptmux import Client, NotFound
 from promptmux_prompts import Prompt, PromptFileError, PromptShape, read_prompt, write_prompt
+from promptmux_server.cli.prompt_refusals import connected
 from promptmux_server.cli.training_scores import score_served
-from promptmux_server.training.job import Job
+from promptmux_server.training.job import Job, Learned
 from promptmux_server.training.job_config import JobConfig
 
 Measure = Callable[[Prompt], float]
@@ -31,6 +32,10 @@ class Verdict:
     """That it became."""
     served_score: float | None = None
     """None: nothing was served under the name, or nothing that could be compared."""
+
+    def __str__(self) -> str:
+        did = f"published as version {self.version}" if self.published else "not published, the file is kept"
+        return f"{did}: {self.reason}"
 
 
 def publish_if_better(
@@ -72,6 +77,13 @@ def gate_of(client: Client, job: Job, prompt: Prompt) -> Verdict:
         margin=job.config.publish.margin,
         shape=job.backbone.loaded.prompt_shape,
     )
+
+
+def push_if_better(url: str, job: Job, learned: Learned) -> Verdict:
+    """The same into a running server, where mistakes and refusals end the command with a message."""
+    assert isinstance(learned, Prompt), "commands publish prompts alone"
+    with connected(url, published_name(job.config)) as client:
+        return gate_of(client, job, learned)
 
 
 def published_name(config: JobConfig) -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from promptmux_server.cli.publish_gate import Verdict
     from promptmux_server.cli.training_scores import Kept
     from promptmux_server.jobs import JobTable
-    from promptmux_server.training.job import Job, Learned
+    from promptmux_server.training.job import Job
     from promptmux_server.training.job_config import JobConfig
     from promptmux_server.training.ranks import Ranks
     from promptmux_server.training.validation import OpenBackbone
@@ -56,6 +56,7 @@ def train(
     """
     import torch
 
+    from promptmux_server.cli.publish_gate import push_if_better
     from promptmux_server.cli.published import published
     from promptmux_server.cli.ranks import ranks_here, share_of_cores
     from promptmux_server.cli.training_scores import keep_learned, score_served
@@ -84,7 +85,7 @@ def train(
                 write_durably(job_config.output / kept_as(config.name), written)
                 _run(job, begun)
                 kept = keep_learned(job)
-                verdict = _push(job, kept.learned, url) if push else None
+                verdict = push_if_better(url, job, kept.learned) if push else None
     except PromptmuxError as error:
         fail(error.message)
     _report(kept, verdict, as_json=as_json)
@@ -139,16 +140,6 @@ def _run(job: Job, begun: int) -> None:
         raise typer.Exit(STOPPED)
 
 
-def _push(job: Job, learned: Learned, url: str) -> Verdict:
-    from promptmux_prompts import Prompt
-    from promptmux_server.cli.prompt_refusals import connected
-    from promptmux_server.cli.publish_gate import gate_of, published_name
-
-    assert isinstance(learned, Prompt)
-    with connected(url, published_name(job.config)) as client:
-        return gate_of(client, job, learned)
-
-
 def _report(kept: Kept, verdict: Verdict | None, *, as_json: bool) -> None:
     told = kept.told()
     if as_json:
@@ -160,5 +151,4 @@ def _report(kept: Kept, verdict: Verdict | None, *, as_json: bool) -> None:
         f"{told['trainable']:,} numbers trained"
     )
     if verdict is not None:
-        did = f"published as version {verdict.version}" if verdict.published else "not published, the file is kept"
-        typer.echo(f"{did}: {verdict.reason}")
+        typer.echo(str(verdict))

@@ -122,15 +122,18 @@ class Kept:
         return {"file": str(self.path), "sha256": self.sha256, "metric": manifest.metric, "step": step, **said}
 
 
-def keep_learned(job: Job) -> Kept:
-    """Write a prompt file, or a file of trained weights that says its method in its name."""
-    learned, name = job.learned(), job.config.task.name
+def keep_learned(job: Job, folder: Path | None = None, **origin: Any) -> Kept:
+    """Write a prompt file, or a file of trained weights that says its method in its name.
+
+    `folder` None: the job's own. `origin` joins the provenance.
+    """
+    learned, name, folder = job.learned(**origin), job.config.task.name, folder or job.config.output
     if isinstance(learned, WeightsDelta):
-        path, data = job.config.output / f"{name}.{learned.method}.safetensors", write_delta(learned)
+        path, data = folder / f"{name}.{learned.method}.safetensors", write_delta(learned)
         sha256 = hashlib.sha256(data).hexdigest()
     else:
         learned = with_canaries(job.backbone, learned, job.exam.questions)
-        path, data, sha256 = job.config.output / f"{name}.safetensors", write_prompt(learned), learned.digest
+        path, data, sha256 = folder / f"{name}.safetensors", write_prompt(learned), learned.digest
     write_durably(path, data)
     return Kept(path, learned, sha256)
 

@@ -83,16 +83,7 @@ class Checkpoints:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Be the only one who writes here, and clear what a dead process left; raises RunHeld, CheckpointNotWritten."""
-        try:
-            file = (self._folder / LOCK).open("ab")
-        except OSError as error:
-            raise not_written("The folder of checkpoints cannot be locked", error) from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                message = "Another process trains into this folder now: wait for it, or choose another folder."
-                raise RunHeld(message) from error
+        with held_folder(self._folder):
             for leftover in self._folder.glob(f"{UNFINISHED}*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             yield
@@ -208,6 +199,22 @@ class Checkpoints:
             return _unsealed(self._disk.read(f"{name}/{STATE}", limit=MOST_JSON_BYTES))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise _Damaged from error
+
+
+@contextmanager
+def held_folder(folder: Path) -> Iterator[None]:
+    """Be the only process that trains into a folder; raises RunHeld, CheckpointNotWritten."""
+    try:
+        file = (folder / LOCK).open("ab")
+    except OSError as error:
+        raise not_written(f"The folder {folder.name} cannot be locked", error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            message = "Another process trains into this folder now: wait for it, or choose another folder."
+            raise RunHeld(message) from error
+        yield
 
 
 def not_written(what: str, error: OSError) -> CheckpointNotWritten:

@@ -38,6 +38,13 @@ def refuse(error: ValidationError, model: type[BaseModel], text: str, name: str)
     raise _refusal(told, name, ".".join(map(str, known)) or None) from error
 
 
+def no_such_field(field: str, known: Sequence[str]) -> str:
+    """What is said of a name that stands where it may not."""
+    near = difflib.get_close_matches(field, known, 1)
+    meant = f"; did you mean `{near[0]}`?" if near else ""
+    return f"there is no such field here{meant} Allowed are {', '.join(known)}"
+
+
 def _refusal(told: Sequence[Mapping[str, Any]], name: str, param: str | None) -> TrainingConfigError:
     said = []
     for each in told:
@@ -51,10 +58,7 @@ def _mistake(mistake: Mapping[str, Any], model: type[BaseModel], text: str) -> d
     place = [str(part) for part in mistake["loc"] if not isinstance(part, int)]
     match mistake["type"]:
         case kind if kind in UNKNOWN:
-            known = _fields_of(model, place[:-1])
-            near = difflib.get_close_matches(place[-1], known, 1)
-            meant = f"; did you mean `{near[0]}`?" if near else ""
-            reason = f"there is no such field here{meant} Allowed are {', '.join(known)}"
+            reason = no_such_field(place[-1], _fields_of(model, place[:-1]))
         case "missing":
             reason = "is missing"
         case "value_error":

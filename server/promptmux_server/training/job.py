@@ -22,7 +22,7 @@ from promptmux_server.training.cohort import Cohort
 from promptmux_server.training.curve import Curve
 from promptmux_server.training.initial import Begin
 from promptmux_server.training.job_config import JobConfig
-from promptmux_server.training.job_parts import method_of, prompt_of
+from promptmux_server.training.job_parts import method_of, prompt_of, with_lengths
 from promptmux_server.training.material import Material
 from promptmux_server.training.methods import Method, trainable
 from promptmux_server.training.metrics import Score
@@ -79,16 +79,22 @@ class Job:
         scorer: Scorer,
         published: OpenPublished = PublishedFolder,
         ranks: Ranks = ALONE,
+        *,
+        material: Material | None = None,
+        name: str | None = None,
     ) -> None:
         """`published` finds prompts to begin from; of several `ranks` this one must lead, and the others `follow`.
 
+        `material` is what other jobs opened of the same data, and keep open; `name` tells runs of one batch apart.
         Raises TrainingConfigError, DataError, CheckpointNotWritten.
         """
         self.config, self.backbone, self._scorer, self._published = config, backbone, scorer, published
         self._ranks = ranks
-        self._material = Material(config, backbone, ranks)
-        self.data, self.exam, self._manifest = self._material.data, self._material.exam, self._material.manifest
-        self.run = self._material.start(config.task.name, method_of(config, backbone), config.steps)
+        self._material = material or Material(config, backbone, ranks)
+        self._owns_material = material is None
+        self.data, self.exam = self._material.data, self._material.exam
+        self._manifest = with_lengths(self._material.manifest, config)
+        self.run = self._material.start(name or config.task.name, method_of(config, backbone), config.steps)
         self._begun_from: Any = None
         self._identity = self._what_it_is()
         self._checkpoints = Checkpoints(config.output / "checkpoints", keep_last=config.run.keep_checkpoints)
@@ -98,7 +104,8 @@ class Job:
     def __enter__(self) -> Self:
         """Raises RunHeld where another process has this job."""
         self._held.enter_context(self._checkpoints.held())
-        self._held.enter_context(self._material)
+        if self._owns_material:
+            self._held.enter_context(self._material)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -142,23 +149,45 @@ class Job:
             for failure in advance.failed:
                 raise self._told(failure.error)
             for report in advance.steps:
-                self._curve.add(report)
+                self.record(report)
                 yield Stepped(report)
                 stopping = self._ranks.agree(stop()) and not self.run.finished
-                yield from self._keep(report.step, stopping=stopping)
+                yield from self._keep_what_is_due(report.step, stopping=stopping)
                 if stopping:
                     self._ranks.agree(True)  # whoever ended earlier might have the others ended by what started them
                     yield Stopped(report.step)
                     return
 
-    def learned(self) -> Learned:
-        """What had the best score, with where it comes from; raises TrainingError before the run's end."""
+    def record(self, report: StepReport) -> None:
+        """Add a step to the curve."""
+        self._curve.add(report)
+
+    def keep(self) -> None:
+        """Save the run as it stands; raises CheckpointNotWritten."""
+        self._save(None)
+
+    def keep_scored(self) -> Score:
+        """Score what is learned as it stands, and save the run with it; raises CheckpointNotWritten."""
+        score = self._score()
+        self._curve.add_score(self.run.step, score)
+        self._save(score.value)
+        return score
+
+    def scores(self) -> dict[int, float]:
+        """By step, those of the checkpoints that are kept."""
+        return {mark.step: mark.score for mark in self._checkpoints.marks() if mark.score is not None}
+
+    def learned(self, **origin: Any) -> Learned:
+        """What had the best score, with where it comes from, which `origin` adds to.
+
+        Raises TrainingError before the run's end.
+        """
         best = self._checkpoints.best()
         if not self.run.finished or best is None or best.mark.score is None:
             raise TrainingError("The run is not at its end: run the same command again, and it goes on.")
         self.run.restore(best.state)
         metric = {"name": self.exam.metric, "value": best.mark.score, "n": len(self.exam.questions)}
-        manifest = replace(self._manifest, metric=metric, provenance=self._provenance(best.mark.step))
+        manifest = replace(self._manifest, metric=metric, provenance={**self._provenance(best.mark.step), **origin})
         method = self.config.method
         if method.name == "prompt":
             return prompt_of(manifest, self.run.saved())
@@ -175,17 +204,15 @@ class Job:
         self.run = self._material.start(self.run.name, method, self.config.steps)
         self._begun_from = first.told
 
-    def _keep(self, step: int, *, stopping: bool) -> Iterator[Event]:
-        """Score and save what is due behind a step."""
-        score = None
+    def _keep_what_is_due(self, step: int, *, stopping: bool) -> Iterator[Event]:
         if step % self.config.validate_every == 0 or self.run.finished:
-            score = self._score()
-            self._curve.add_score(step, score)
-        if score is not None or stopping or step % self.config.run.checkpoint_every == 0:
-            identity = {**self._identity, BEGUN_FROM: self._begun_from}
-            self._checkpoints.save(self.run.state(), identity, None if score is None else score.value)
-        if score is not None:
-            yield Scored(step, score, max(mark.score for mark in self._checkpoints.marks() if mark.score is not None))
+            score = self.keep_scored()
+            yield Scored(step, score, max(self.scores().values()))
+        elif stopping or step % self.config.run.checkpoint_every == 0:
+            self.keep()
+
+    def _save(self, score: float | None) -> None:
+        self._checkpoints.save(self.run.state(), {**self._identity, BEGUN_FROM: self._begun_from}, score)
 
     def _score(self) -> Score:
         adapted = replace(self.backbone, model=self.method.adapted(self.run.values()))

@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -134,6 +134,15 @@ class PublishConfig:
     """By which its score must exceed that of the served one on the same samples."""
 
 
+USUAL_RATES: Mapping[str, str] = {
+    "bitfit": "script tries 5e-5 and 1e-4",
+    "bitfit-full": "script of bitfit tries 5e-5 and 1e-4",
+    "adapter": "script tries 5e-5 and 1e-4",
+    "finetune": "scripts take 1e-5 to 5e-5",
+}
+"""ofa-spec 5 and 9.6."""
+
+
 class JobConfig(BaseModel):
     """One job. Paths are as they are opened: relative ones start at the file's own folder."""
 
@@ -168,6 +177,27 @@ class JobConfig(BaseModel):
     def validate_every(self) -> int:
         return self.run.validate_every or max(1, self.steps.steps // 10)
 
+    def conflicts(self, written: Mapping[str, Any]) -> Iterator[Conflict]:
+        """What does not go together, each with its place; `written` is the file as it stands, without defaults."""
+        method = self.method
+        if method.width is not None and method.name != "adapter":
+            yield ["method", "width"], "is of adapters alone"
+        if self.run.metric is not None and self.task.kind != "caption":
+            yield ["run", "metric"], "only captions have a choice of metrics"
+        if method.name == "prompt":
+            return
+        for section in ("prompt", "begin", "publish"):
+            if section in written:
+                yield [section], f"has no meaning for {method.name}, which learns no prompt"
+        if "learning_rate" not in written["steps"]:
+            usual = USUAL_RATES[method.name]
+            yield ["steps", "learning_rate"], f"is missing: the default is for prompts; the released {usual}"
+        if self.machine.dtype == "bfloat16":
+            yield ["machine", "dtype"], f"{method.name} trains weights in float32: let compute.autocast round instead"
+
+
+Config = TypeVar("Config", bound=JobConfig)
+
 
 def kept_as(name: str) -> str:
     """What the copy of a configuration is called in the output folder."""
@@ -176,6 +206,12 @@ def kept_as(name: str) -> str:
 
 def read_job(path: Path) -> tuple[JobConfig, bytes]:
     """A job and the bytes that it was read from; raises TrainingConfigError."""
+    text = read_text(path)
+    return parse_job(text, path.name, path.resolve().parent), text.encode()
+
+
+def read_text(path: Path) -> str:
+    """A configuration's text; raises TrainingConfigError."""
     try:
         with path.open("rb") as file:
             data = file.read(MOST_BYTES + 1)
@@ -184,7 +220,7 @@ def read_job(path: Path) -> tuple[JobConfig, bytes]:
         raise TrainingConfigError(f"{path.name} cannot be read as UTF-8 text: check its name and kind.") from error
     if len(data) > MOST_BYTES:
         raise TrainingConfigError(f"{path.name} is too large for a configuration: data belong in files of their own.")
-    return parse_job(text, path.name, path.resolve().parent), data
+    return text
 
 
 def parse_job(text: str, name: str, folder: Path) -> JobConfig:
@@ -192,6 +228,11 @@ def parse_job(text: str, name: str, folder: Path) -> JobConfig:
 
     Raises TrainingConfigError, with what is wrong in `details` too: `mistakes`, each a field, its line and a reason.
     """
+    return parse_config(JobConfig, text, name, folder)
+
+
+def parse_config(model: type[Config], text: str, name: str, folder: Path) -> Config:
+    """A job, or a job with sections of its own, as `parse_job`."""
     language, load = ("JSON", json.loads) if name.endswith(".json") else ("TOML", tomllib.loads)
     try:
         if DEEP_KEY.search(text):
@@ -205,14 +246,14 @@ def parse_job(text: str, name: str, folder: Path) -> JobConfig:
     except (TypeError, ValueError) as error:
         raise TrainingConfigError(f"{name}: no setting is a date, a time, inf or nan.") from error
     try:
-        config = JobConfig.model_validate_json(document)
+        config = model.model_validate_json(document)
     except ValidationError as error:
-        refuse(error, JobConfig, text, name)
-    check_none(_conflicts(config, written), text, name)
+        refuse(error, model, text, name)
+    check_none(config.conflicts(written), text, name)
     return _placed(config, folder)
 
 
-def _placed(config: JobConfig, folder: Path) -> JobConfig:
+def _placed(config: Config, folder: Path) -> Config:
     """The job with its relative paths put behind a folder."""
 
     def source(given: SourceConfig) -> SourceConfig:
@@ -237,31 +278,3 @@ def _placed(config: JobConfig, folder: Path) -> JobConfig:
         begin = replace(begin, prompt=str(folder / prompt))
     changes = {"begin": begin, "backbone": backbone, "output": folder / config.output, "cache": cache, "data": placed}
     return config.model_copy(update=changes)
-
-
-def _conflicts(config: JobConfig, written: Mapping[str, Any]) -> Iterator[Conflict]:
-    """What does not go together, each with its place; `written` is the file as it stands, without defaults."""
-    method = config.method
-    if method.width is not None and method.name != "adapter":
-        yield ["method", "width"], "is of adapters alone"
-    if config.run.metric is not None and config.task.kind != "caption":
-        yield ["run", "metric"], "only captions have a choice of metrics"
-    if method.name == "prompt":
-        return
-    for section in ("prompt", "begin", "publish"):
-        if section in written:
-            yield [section], f"has no meaning for {method.name}, which learns no prompt"
-    if "learning_rate" not in written["steps"]:
-        usual = USUAL_RATES[method.name]
-        yield ["steps", "learning_rate"], f"is missing: the default is for prompts; the released {usual}"
-    if config.machine.dtype == "bfloat16":
-        yield ["machine", "dtype"], f"{method.name} trains weights in float32: let compute.autocast round instead"
-
-
-USUAL_RATES: Mapping[str, str] = {
-    "bitfit": "script tries 5e-5 and 1e-4",
-    "bitfit-full": "script of bitfit tries 5e-5 and 1e-4",
-    "adapter": "script tries 5e-5 and 1e-4",
-    "finetune": "scripts take 1e-5 to 5e-5",
-}
-"""ofa-spec 5 and 9.6."""

@@ -50,7 +50,6 @@ def task_spec(config: JobConfig, backbone: OpenBackbone) -> TaskSpec:
     Raises TrainingConfigError, DataError.
     """
     task = config.task
-    lengths = config.prompt if config.method.name == "prompt" else None
     labels = None
     if task.kind == "label":
         labels = labels_for(task.answers or _labels_found(config))
@@ -64,15 +63,23 @@ def task_spec(config: JobConfig, backbone: OpenBackbone) -> TaskSpec:
             labels=labels,
             takes_image=task.takes_image,
         )
-        manifest = replace(
-            manifest,
-            decoding=dict(task.decoding),
-            encoder_length=lengths.encoder_length if lengths else 0,
-            decoder_length=lengths.decoder_length if lengths else 0,
-        )
+        manifest = with_lengths(replace(manifest, decoding=dict(task.decoding)), config)
         return TaskSpec.from_manifest(manifest, backbone.loaded.config)
     except InvalidPromptFile as error:
         raise TrainingConfigError(f"There can be no such task: {error}.") from error
+
+
+def with_lengths(manifest: Manifest, config: JobConfig) -> Manifest:
+    """The manifest of what a job learns, be it of other jobs' length; raises TrainingConfigError for a long prompt."""
+    lengths = config.prompt if config.method.name == "prompt" else None
+    try:
+        return replace(
+            manifest,
+            encoder_length=lengths.encoder_length if lengths else 0,
+            decoder_length=lengths.decoder_length if lengths else 0,
+        )
+    except InvalidPromptFile as error:
+        raise TrainingConfigError(f"There can be no such prompt: {error}.") from error
 
 
 def _labels_found(config: JobConfig) -> list[str]:
