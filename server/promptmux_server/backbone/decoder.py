@@ -224,7 +224,8 @@ class Decoder(nn.Module):
         """Per layer, the self-attention bias (H, length, length)."""
         if any(p.requires_grad for p in self.self_pos_q_linear.parameters()):
             return self._build_own_biases(length)
-        return self._self_biases.get(length, lambda: self._build_own_biases(length))
+        device = self.self_pos_q_linear.weight.device
+        return self._self_biases.get(length, device, lambda: self._build_own_biases(length))
 
     def _build_own_biases(self, length: int) -> tuple[Tensor, ...]:
         config = self.config
@@ -248,9 +249,11 @@ class Decoder(nn.Module):
         if any(p.requires_grad for p in self.cross_pos_q_linear.parameters()):
             return self._build_cross_table(grid, length, text_length, encoder)
         key = (grid, length, text_length)
-        dtype = self.cross_pos_q_linear.weight.dtype
+        weight = self.cross_pos_q_linear.weight
         return self._cross_biases.get(
-            key, lambda: pack_bias(self._build_cross_table(grid, length, text_length, encoder), dtype)
+            key,
+            weight.device,
+            lambda: pack_bias(self._build_cross_table(grid, length, text_length, encoder), weight.dtype),
         )
 
     def _build_cross_table(self, grid: Grid, length: int, text_length: int, encoder: Encoder) -> Tensor:

@@ -199,7 +199,8 @@ class Encoder(nn.Module):
         """Per layer, the bias (H, N + text_length, N + text_length) that every row of this grid shares."""
         if any(p.requires_grad for p in self.pos_q_linear.parameters()):
             return self._build_biases(grid, text_length)
-        return self._biases.get((grid, text_length), lambda: self._finished_biases(grid, text_length))
+        device = self.pos_q_linear.weight.device
+        return self._biases.get((grid, text_length), device, lambda: self._finished_biases(grid, text_length))
 
     def _finished_biases(self, grid: Grid, text_length: int) -> tuple[Bias, ...]:
         """A frozen model's tables: dense, as the device reads them fastest, or in factors where that is too much."""

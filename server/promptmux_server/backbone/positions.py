@@ -99,9 +99,11 @@ class BiasCache(Generic[Key, Value]):
         self._capacity = capacity
         self._entries: OrderedDict[Key, Value] = OrderedDict()
 
-    def get(self, key: Key, build: Callable[[], Value]) -> Value:
+    def get(self, key: Key, device: torch.device, build: Callable[[], Value]) -> Value:
+        """What stands under the key, or else is built on the device, in the model's own type whoever asks first."""
         if key not in self._entries:
-            self._entries[key] = build()
+            with torch.autocast(device.type, enabled=False):
+                self._entries[key] = build()
             if len(self._entries) > self._capacity:
                 self._entries.popitem(last=False)
         self._entries.move_to_end(key)
