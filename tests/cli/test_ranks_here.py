@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from typer.testing import CliRunner
 
+from cli.tiny_training import prepare
+from promptmux_server.cli import app
 from promptmux_server.cli import ranks as ranks_module
 from promptmux_server.cli.ranks import ranks_here, share_of_cores
 from promptmux_server.errors import TrainingConfigError
+from promptmux_server.jobs import JobTable
 from promptmux_server.training.job_config import MachineConfig
 from promptmux_server.training.loss import LossNumbers
 from promptmux_server.training.ranks import ALONE
@@ -61,6 +66,28 @@ def test_too_few_gpus_are_an_error_with_a_way_on(monkeypatch: pytest.MonkeyPatch
         ranks_here(MachineConfig()),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [(["train", "--queue"], "each would queue a job of its own"), (["tune-search"], "a search learns in one process")],
+)
+@pytest.mark.usefixtures("torchrun")
+def test_what_each_process_would_do_on_its_own_is_refused(tmp_path: Path, arguments: list[str], why: str) -> None:
+    refused = CliRunner().invoke(app, [*arguments, str(prepare(tmp_path))])
+    assert refused.exit_code == 1
+    assert f"torchrun runs this command once for each process, and {why}: run it without." in refused.stderr
+    assert list(tmp_path.glob("out")) == []
+
+
+@pytest.mark.usefixtures("torchrun")
+def test_under_torchrun_no_job_is_queued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["train", "--queue", str(prepare(tmp_path)), "--state", str(tmp_path / "state")]
+    assert CliRunner().invoke(app, command).exit_code == 1
+    assert not (tmp_path / "state").exists()
+    monkeypatch.setattr(ranks_module, "refuse_torchrun", lambda _why: None)  # the control: nothing else refuses it
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert len(JobTable(tmp_path / "state" / "jobs.sqlite").newest(9)) == 1
 
 
 def test_processes_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,12 @@ def ranks_here(machine: MachineConfig) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
+def refuse_torchrun(why: str) -> None:
+    """Raises TrainingConfigError in a process that `torchrun` started, for what each of them would do on its own."""
+    if dist.is_torchelastic_launched():
+        raise TrainingConfigError(f"torchrun runs this command once for each process, and {why}: run it without.")
+
+
 def _take_gpu(number: int) -> None:
     if number >= torch.cuda.device_count():
         raise TrainingConfigError(

@@ -90,6 +90,7 @@ def _search(path: Path, url: str | None, *, as_json: bool) -> None:
     from promptmux_server.cli.machine import usable_cores
     from promptmux_server.cli.publish_gate import push_if_better
     from promptmux_server.cli.published import published
+    from promptmux_server.cli.ranks import refuse_torchrun
     from promptmux_server.cli.training_scores import score_served
     from promptmux_server.pocket import WEIGHTS
     from promptmux_server.training.curve import write_durably
@@ -98,6 +99,7 @@ def _search(path: Path, url: str | None, *, as_json: bool) -> None:
     from promptmux_server.training.search.config import read_search
     from promptmux_server.training.search.search import Search
 
+    refuse_torchrun("a search learns in one process")
     config, written = read_search(path)
     torch.set_num_threads(config.machine.threads or usable_cores())
     with Search(config, open_backbone(config, WEIGHTS), score_served, published) as search:

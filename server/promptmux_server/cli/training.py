@@ -58,7 +58,7 @@ def train(
 
     from promptmux_server.cli.publish_gate import push_if_better
     from promptmux_server.cli.published import published
-    from promptmux_server.cli.ranks import ranks_here, share_of_cores
+    from promptmux_server.cli.ranks import ranks_here, refuse_torchrun, share_of_cores
     from promptmux_server.cli.training_scores import keep_learned, score_served
     from promptmux_server.errors import PromptmuxError
     from promptmux_server.pocket import WEIGHTS
@@ -72,6 +72,7 @@ def train(
         if push and job_config.method.name != "prompt":
             fail(f"only prompts are published, and {job_config.method.name} trains weights: leave --push out.")
         if queue:
+            refuse_torchrun("each would queue a job of its own")
             _queue(job_table(state), job_config, config, written, priority=priority, push=push)
             return
         torch.set_num_threads(job_config.machine.threads or share_of_cores())
