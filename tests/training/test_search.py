@@ -14,6 +14,7 @@ import torch
 from optuna.storages.journal import JournalFileBackend
 
 from promptmux_server.errors import CheckpointNotWritten, TrainingError
+from promptmux_server.training import cohort as cohort_module
 from promptmux_server.training.job import Job
 from promptmux_server.training.job_config import BeginConfig
 from promptmux_server.training.loss import Loss
@@ -137,6 +138,21 @@ def test_values_that_do_not_go_with_a_beginning_fail_alone(tmp_path: Path) -> No
     ended = {(trial.values["generator"], trial.state) for trial in trials}
     assert ended == {("table", "complete"), ("mlp", "failed")}
     assert all("prompt.generator" in str(trial.reason) for trial in trials if trial.state == "failed")
+
+
+def test_a_device_without_memory_ends_the_search_with_what_to_change(
+    done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cohort_module, "backward", full)
+        with pytest.raises(
+            TrainingError, match=r"no memory for step 1: .*compute\.rows_per_pass where many runs learn"
+        ):
+            run(search(tmp_path))
+    assert run(search(tmp_path))[1] == done[2]
 
 
 def test_a_search_of_which_every_trial_fails_says_why(tmp_path: Path) -> None:

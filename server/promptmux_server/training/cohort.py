@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from promptmux_server.backbone.model import OFA
-from promptmux_server.errors import PromptmuxError, TrainingDiverged
+from promptmux_server.errors import PromptmuxError, TrainingDiverged, TrainingError
 from promptmux_server.training.passes import backward
 from promptmux_server.training.recipe import PLAINLY, ComputeRecipe
 from promptmux_server.training.run import Part, Run, StepReport
@@ -55,7 +57,20 @@ class Cohort:
         return self._runs.pop(name)
 
     def advance(self) -> Advance:
-        """One batch of every run; who has its recipe's batches takes a step, who is at the end or failed leaves."""
+        """One batch of every run; who has its recipe's batches takes a step, who is at the end or failed leaves.
+
+        Raises TrainingError where the device has no memory for it: no run can go on then.
+        """
+        try:
+            return self._advance()
+        except torch.OutOfMemoryError as error:
+            step = 1 + max(run.step for run in self.runs)
+            raise TrainingError(
+                f"The device has no memory for step {step}: set compute.recompute = true, or compute.rows_per_pass "
+                "where many runs learn, and go on; or begin again with fewer run.rows and more steps.accumulation."
+            ) from error
+
+    def _advance(self) -> Advance:
         steps: list[StepReport] = []
         failed: list[Failure] = []
         for parts in self._passes(failed):

@@ -12,8 +12,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
-import torch
-
 from promptmux_prompts import Prompt
 from promptmux_server.errors import PromptmuxError, TrainingDiverged, TrainingError
 from promptmux_server.training.beginning import beginning
@@ -139,13 +137,7 @@ class Job:
         if not self.run.finished:
             cohort.join(self.run)
         while cohort.runs:
-            try:
-                advance = cohort.advance()
-            except torch.OutOfMemoryError as error:
-                raise TrainingError(
-                    f"The device has no memory for step {self.run.step + 1}: set compute.recompute = true and go on, "
-                    "or begin again with fewer run.rows and more steps.accumulation."
-                ) from error
+            advance = cohort.advance()
             for failure in advance.failed:
                 raise self._told(failure.error)
             for report in advance.steps:
