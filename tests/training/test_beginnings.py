@@ -120,6 +120,6 @@ def test_a_beginning_that_cannot_be_had_is_refused(tmp_path: Path, begin: dict[s
         if "/" in str(begin.get(key)) or begin.get(key) in ("prompts", "nowhere", "out.safetensors"):
             begin = {**begin, key: str(tmp_path / begin[key])}
     assert folder.is_dir()
-    with begun(tmp_path, **begin) as job, pytest.raises(TrainingConfigError, match=said) as refused:
+    with pytest.raises(TrainingConfigError, match=said) as refused, begun(tmp_path, **begin) as job:
         job.resume()
     assert str(tmp_path) not in refused.value.message

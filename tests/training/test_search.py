@@ -13,7 +13,9 @@ import pytest
 import torch
 from optuna.storages.journal import JournalFileBackend
 
-from promptmux_server.errors import CheckpointNotWritten, TrainingError
+import tiny
+from promptmux_prompts import write_prompt
+from promptmux_server.errors import CheckpointNotWritten, TrainingConfigError, TrainingError
 from promptmux_server.training import cohort as cohort_module
 from promptmux_server.training.job import Job
 from promptmux_server.training.job_config import BeginConfig
@@ -153,6 +155,17 @@ def test_a_device_without_memory_ends_the_search_with_what_to_change(
         ):
             run(search(tmp_path))
     assert run(search(tmp_path))[1] == done[2]
+
+
+def test_prompts_to_begin_from_that_cannot_be_had_fail_no_trial(tmp_path: Path) -> None:
+    asked = config(tmp_path, space={"dropout": Choice((0.0,))}, steps=2, rungs=[], trials=2)
+    file = tmp_path / "other.safetensors"
+    asked = asked.model_copy(update={"begin": BeginConfig(prompt=str(file))})
+    with pytest.raises(TrainingConfigError, match=r"begin\.prompt: other cannot be begun from"):
+        run(Search(asked, job_worker.backbone(), job_worker.any_score))
+    file.write_bytes(write_prompt(tiny.prompt("other")))
+    trials = run(Search(asked, job_worker.backbone(), job_worker.any_score))[1]
+    assert [trial.state for trial in trials] == ["complete", "complete"]
 
 
 def test_a_search_of_which_every_trial_fails_says_why(tmp_path: Path) -> None:

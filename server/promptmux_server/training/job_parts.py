@@ -17,7 +17,7 @@ from promptmux_server.tasks import TaskSpec
 from promptmux_server.training.data.manifests import bare_manifest, labels_for
 from promptmux_server.training.data.source import distinct_targets, open_source
 from promptmux_server.training.initial import FROM_NOISE, Begin
-from promptmux_server.training.job_config import JobConfig
+from promptmux_server.training.job_config import BeginConfig, JobConfig
 from promptmux_server.training.methods import DeepPrompts, Method, weights_method
 from promptmux_server.training.recipe import RecipeError
 from promptmux_server.training.validation import OpenBackbone
@@ -97,6 +97,8 @@ def method_of(config: JobConfig, backbone: OpenBackbone, begin: Begin = FROM_NOI
     """What learns, at its beginning; `begin` is of prompts alone. Raises TrainingConfigError."""
     method = config.method
     if method.name == "prompt":
+        if config.prompt.generator == "mlp" and config.begin != BeginConfig():  # before anybody looks for rows
+            raise TrainingConfigError("prompt.generator must be table where a prompt begins from given rows.")
         try:
             return DeepPrompts(backbone.model, config.prompt, seed=config.steps.seed, begin=begin)
         except RecipeError as error:

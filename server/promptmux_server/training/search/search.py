@@ -145,10 +145,10 @@ class Search:
     def _join(self, trial: TrialRecord) -> Iterator[Event]:
         try:
             job = self.job_of(trial)
-            step = job.resume()
         except TrainingConfigError as error:  # values that are allowed, but not together
             yield self._end(trial.number, "failed", reason=error.message)
             return
+        step = job.resume()
         self._jobs[trial.number], self._joined[trial.number] = job, trial.joined
         yield Joined(trial, step)
 
