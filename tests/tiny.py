@@ -100,15 +100,18 @@ def prompt(
     described = Manifest(**{**fields, **manifest})
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(layers: int, length: int) -> torch.Tensor:
-        return torch.randn(layers, c.heads, length, c.head_dim, generator=generator) * scale
+    def draw(layers: int, length: int, present: tuple[int, int] | None) -> torch.Tensor:
+        drawn = torch.randn(layers, c.heads, length, c.head_dim, generator=generator) * scale
+        if present is not None:
+            drawn[: present[0]], drawn[present[1] :] = 0.0, 0.0
+        return drawn
 
     return Prompt.build(
         described,
-        draw(c.encoder_layers, encoder_length),
-        draw(c.encoder_layers, encoder_length),
-        draw(c.decoder_layers, decoder_length),
-        draw(c.decoder_layers, decoder_length),
+        draw(c.encoder_layers, encoder_length, described.encoder_layers),
+        draw(c.encoder_layers, encoder_length, described.encoder_layers),
+        draw(c.decoder_layers, decoder_length, described.decoder_layers),
+        draw(c.decoder_layers, decoder_length, described.decoder_layers),
     )
 
 

@@ -50,7 +50,10 @@ class PromptShape:
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """Deep prompts of one task: K and V of every layer, (layers, H, P, D) each; an absent side has P = 0."""
+    """Deep prompts of one task: K and V of every layer, (layers, H, P, D) each; an absent side has P = 0.
+
+    Layers that carry no prompt (`Manifest.encoder_layers`) hold zeros, which nobody reads.
+    """
 
     manifest: Manifest
     encoder_key: Tensor
@@ -64,7 +67,10 @@ class Prompt:
     def build(
         cls, manifest: Manifest, encoder_key: Tensor, encoder_value: Tensor, decoder_key: Tensor, decoder_value: Tensor
     ) -> Self:
-        """Put tensors of one type and a manifest together; raises PromptShapeMismatch if lengths disagree."""
+        """Put tensors of one type and a manifest together.
+
+        Raises PromptShapeMismatch if lengths disagree, InvalidPromptFile if a layer without prompt holds numbers.
+        """
         for key, value, length in (
             (encoder_key, encoder_value, manifest.encoder_length),
             (decoder_key, decoder_value, manifest.decoder_length),
@@ -72,6 +78,7 @@ class Prompt:
             if key.shape != value.shape or key.shape[2] != length:
                 raise PromptShapeMismatch("keys and values must agree with each other and with the manifest's lengths")
         prompt = cls(manifest, encoder_key, encoder_value, decoder_key, decoder_value, digest="")
+        _check_absent_layers(manifest, prompt.tensors)
         return replace(prompt, digest=_digest(manifest, prompt.tensors))
 
     @property
@@ -122,6 +129,7 @@ def read_prompt(
     digest = _digest(manifest, stored)
     if sha256 is not None and digest != sha256:
         raise PromptDigestMismatch("the content's sha256 is not the one announced")
+    _check_absent_layers(manifest, stored)
     parts = [
         stored.get(f"{side}.prefix.{part}", torch.zeros(layers, shape.heads, 0, shape.head_dim)).to(dtype)
         for side, layers in (("encoder", shape.encoder_layers), ("decoder", shape.decoder_layers))
@@ -158,15 +166,25 @@ def _manifest(header: Header, shape: PromptShape, fingerprint: str | None) -> Ma
 
 
 def _check_shapes(header: Header, manifest: Manifest, shape: PromptShape) -> None:
-    for side, layers, length in (
-        ("encoder", shape.encoder_layers, manifest.encoder_length),
-        ("decoder", shape.decoder_layers, manifest.decoder_length),
+    for side, layers, length, present in (
+        ("encoder", shape.encoder_layers, manifest.encoder_length, manifest.encoder_layers),
+        ("decoder", shape.decoder_layers, manifest.decoder_length, manifest.decoder_layers),
     ):
+        if present is not None and present[1] > layers:
+            raise PromptShapeMismatch(f"{side}_layers are {list(present)}, the backbone's are [0, {layers}]")
         expected = (layers, shape.heads, length, shape.head_dim)
         for part in ("key", "value"):
             found = header.shapes.get(f"{side}.prefix.{part}", (layers, shape.heads, 0, shape.head_dim))
             if found != expected or length > shape.max_length:
                 raise PromptShapeMismatch(f"{side}.prefix.{part} is {list(found)}, the backbone takes {list(expected)}")
+
+
+def _check_absent_layers(manifest: Manifest, tensors: dict[str, Tensor]) -> None:
+    """Whoever ignores the manifest's layers must not find another prompt there."""
+    for side, present in (("encoder", manifest.encoder_layers), ("decoder", manifest.decoder_layers)):
+        for name in (f"{side}.prefix.key", f"{side}.prefix.value"):
+            if present is not None and (tensors[name][: present[0]].any() or tensors[name][present[1] :].any()):
+                raise InvalidPromptFile(f"{name} must be zero in layers outside {side}_layers, {list(present)}")
 
 
 def _digest(manifest: Manifest, tensors: dict[str, Tensor]) -> str:

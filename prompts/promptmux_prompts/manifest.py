@@ -21,6 +21,7 @@ SCHEMA = 1
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 MAX_LENGTH = 256
 MAX_ANSWERS = 4096
+_LAYERS = ("encoder_layers", "decoder_layers")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ class Manifest:
     """Of the backbone that the prompt was trained on."""
     encoder_length: int
     decoder_length: int
+    encoder_layers: tuple[int, int] | None = None
+    """The first of the layers that carry the prompt, and the one behind the last; None: all layers do."""
+    decoder_layers: tuple[int, int] | None = None
     instruction: str
     """Template of the encoder text; "{text}" and "{premise}" stand for what a request sends."""
     image: ImageInput | None
@@ -66,6 +70,8 @@ class Manifest:
         _require(self.decoder_input in get_args(DecoderInput), "decoder_input must be bos or source")
         for length in (self.encoder_length, self.decoder_length):
             _require(_is_int(length) and 0 <= length <= MAX_LENGTH, f"prompt lengths must be 0 to {MAX_LENGTH}")
+        self._check_layers("encoder", self.encoder_layers, self.encoder_length)
+        self._check_layers("decoder", self.decoder_layers, self.decoder_length)
         for text in (self.instruction, self.backbone_name, self.fingerprint):
             _require(isinstance(text, str) and len(text) <= 4096, "instruction and backbone must be short texts")
         _require(
@@ -77,6 +83,14 @@ class Manifest:
             _require(self.image.std > 0, "image.std must be positive")
         _require(self.canary is None or 0 < len(self.canary) <= MAX_CANARIES, f"canary must be 1 to {MAX_CANARIES}")
         self._check_answers()
+
+    def _check_layers(self, side: str, layers: tuple[int, int] | None, length: int) -> None:
+        if layers is not None:
+            _require(
+                len(layers) == 2 and all(map(_is_int, layers)) and 0 <= layers[0] < layers[1],
+                f"{side}_layers must be two numbers, the first layer and the one behind the last",
+            )
+            _require(length > 0, f"{side}_layers must be left out where {side}_length is 0")
 
     def _check_answers(self) -> None:
         if self.answers is not None:
@@ -98,8 +112,9 @@ class Manifest:
         return "premise" in _placeholders(self.instruction)
 
     def to_json(self) -> str:
-        """Canonical JSON: equal manifests give equal bytes."""
+        """Canonical JSON: equal manifests give equal bytes. Layers are said only where they are not all."""
         raw = {f.name: getattr(self, f.name) for f in fields(self)} | {"schema": SCHEMA}
+        raw = {key: value for key, value in raw.items() if key not in _LAYERS or value is not None}
         if self.image is not None:
             raw["image"] = {f.name: getattr(self.image, f.name) for f in fields(self.image)}
         if self.canary is not None:
@@ -116,10 +131,11 @@ class Manifest:
         try:
             if raw.get("image") is not None:
                 raw["image"] = ImageInput(**_object(raw["image"], "image"))
-            for key in ("answers", "canary"):
+            for key in ("answers", "canary", *_LAYERS):
                 _require(isinstance(raw.get(key), list | None), f"{key} must be a list")
-            if raw.get("answers") is not None:
-                raw["answers"] = tuple(raw["answers"])
+            for key in ("answers", *_LAYERS):
+                if raw.get(key) is not None:
+                    raw[key] = tuple(raw[key])
             if raw.get("canary") is not None:
                 raw["canary"] = tuple(Canary.from_dict(_object(canary, "canary")) for canary in raw["canary"])
             for key in ("labels", "metric"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -96,10 +97,12 @@ def test_a_checkpoint_becomes_a_file_that_a_server_takes(checkpoint: Path, tmp_p
 
 def test_a_manifest_file_gives_the_other_keys_and_options_win(checkpoint: Path, tmp_path: Path) -> None:
     keys = {"kind": "label", "answers": ["yes", "no"], "labels": {"yes": "true", "no": "false"}, "name": "unused"}
-    (tmp_path / "keys.json").write_text(json.dumps(keys | {"fingerprint": "f", "encoder_length": 99}))
+    found = {"fingerprint": "f", "encoder_length": 99, "encoder_layers": [0, 1]}
+    (tmp_path / "keys.json").write_text(json.dumps(keys | found))
     report("import", checkpoint, "--out", tmp_path, "--name", "entails", "--manifest", tmp_path / "keys.json")
     served(tmp_path / "entails.safetensors", load_backbone(checkpoint))
-    assert load_unfitted(tmp_path / "entails.safetensors").manifest.labels == keys["labels"]
+    manifest = load_unfitted(tmp_path / "entails.safetensors").manifest
+    assert (manifest.labels, manifest.encoder_layers) == (keys["labels"], None)
 
 
 def test_the_backbone_given_may_differ_in_drifted_statistics_only(
@@ -203,6 +206,16 @@ def test_inspect_shows_manifest_shapes_norms_and_the_nearest() -> None:
         "scene-grounding",
     }
     assert "nearest" not in report("inspect", file)
+
+
+def test_inspect_shows_which_layers_carry_a_prompt(tmp_path: Path) -> None:
+    tiny.write(tmp_path, tiny.prompt("top", encoder_layers=(1, 2), decoder_layers=(0, 2)))
+    shown = prompts("inspect", tmp_path / "top.safetensors").stdout
+    assert "4 positions in layers 1 to 1 of 2 layers of 2 heads of 32" in shown
+    assert "3 positions in layers 0 to 1 of 3 layers" in shown
+    norms = [re.split(r" {2,}", line.strip()) for line in shown.splitlines() if re.match(r"\s*[012]  ", line)]
+    assert [len(cells) for cells in norms] == [3, 5, 1]  # the layer's number, then what carries a prompt
+    assert "0.000" not in shown
 
 
 VERSION = {

@@ -34,6 +34,8 @@ from promptmux_prompts import (
 from promptmux_prompts.importers.ofa import fold_generator, join_table, split_table
 
 FINGERPRINT = tiny.backbone().fingerprint
+SHIPPED = Path(__file__).parents[2] / "prompts" / "library"
+DIGEST = "faec2ce71c2d488abb031a45eaf26e1ccd9709d84708ea867a4eba26a7bc38e6"
 
 
 def read(data: bytes, *, dtype: torch.dtype = torch.float32, sha256: str | None = None) -> Prompt:
@@ -132,6 +134,13 @@ INVALID = {
     "image size as text": manifest_edited(image={"size": "64", "mean": 0.5, "std": 0.5}),
     "image std zero": manifest_edited(image={"size": 64, "mean": 0.5, "std": 0}),
     "length over 256": manifest_edited(encoder_length=257),
+    "one layer bound": manifest_edited(encoder_layers=[1]),
+    "layers of another type": manifest_edited(encoder_layers=[0, True]),
+    "layers as text": manifest_edited(encoder_layers="12"),
+    "layers from below": manifest_edited(encoder_layers=[-1, 1]),
+    "no layer": manifest_edited(decoder_layers=[1, 1]),
+    "layers of an absent side": manifest_edited(encoder_length=0, encoder_layers=[0, 1]),
+    "numbers in layers without prompt": manifest_edited(encoder_layers=[0, 1]),
     "pickle": b"\x80\x04cos\nsystem\n(S'true'\ntR.",
     "zip": b"PK\x03\x04" + bytes(100),
     "html": b"<!doctype html><html></html>",
@@ -154,6 +163,7 @@ OTHER = {
         PromptShapeMismatch,
     ),
     "transposed": (edited(lambda h: h[KEY].update(shape=[2, 4, 2, 32])), PromptShapeMismatch),
+    "layers beyond the backbone's": (manifest_edited(encoder_layers=[0, 3]), PromptShapeMismatch),
     "another backbone": (manifest_edited(fingerprint="0" * 64), PromptBackboneMismatch),
     "NaN": (write_prompt(tiny.prompt(scale=float("nan"))), PromptNonfinite),
     "infinity": (write_prompt(tiny.prompt(scale=float("inf"))), PromptNonfinite),
@@ -247,6 +257,42 @@ def test_an_absent_side_has_length_zero(encoder: int, decoder: int) -> None:
     assert (again.encoder_key.shape[2], again.decoder_value.shape[2]) == (encoder, decoder)
 
 
+@pytest.mark.parametrize("part", ["key", "value"])
+@pytest.mark.parametrize("layer", [0, 2], ids=["below", "above"])
+def test_layers_without_prompt_hold_zeros_and_no_number_however_small(layer: int, part: str) -> None:
+    prompt = tiny.prompt(decoder_layers=(1, 2))
+    again = read(write_prompt(prompt), sha256=prompt.digest)
+    assert again.manifest.decoder_layers == (1, 2)
+    assert [bool(again.decoder_key[index].any()) for index in range(3)] == [False, True, False]
+    getattr(prompt, f"decoder_{part}")[layer, 1, 2, 3] = 1e-30  # zero as float16
+    with pytest.raises(InvalidPromptFile, match=rf"decoder.prefix.{part} must be zero .* decoder_layers, \[1, 2\]"):
+        read(write_prompt(prompt), dtype=torch.float16)
+    with pytest.raises(InvalidPromptFile, match="must be zero"):
+        Prompt.build(
+            prompt.manifest, prompt.encoder_key, prompt.encoder_value, prompt.decoder_key, prompt.decoder_value
+        )
+
+
+def test_layers_are_part_of_what_a_digest_is_of() -> None:
+    digests = {tiny.prompt(scale=0.0, decoder_layers=layers).digest for layers in (None, (0, 2), (1, 3), (0, 3))}
+    assert len(digests) == 4
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.safetensors")), ids=lambda path: path.stem)
+def test_a_shipped_manifest_is_written_as_it_was_so_its_digest_stands(path: Path) -> None:
+    header, _ = header_of(path.read_bytes())
+    written = header["__metadata__"]["promptmux"]
+    assert Manifest.from_json(written).to_json() == written
+    assert "_layers" not in written
+
+
+def test_a_digest_is_for_ever() -> None:
+    """Of a file without layers; another one would make every published version another content."""
+    manifest = Manifest.minimal(name="a", backbone_name="b", fingerprint="c", encoder_length=1, decoder_length=0)
+    one, none = torch.ones(2, 1, 1, 4), torch.ones(2, 1, 0, 4)
+    assert Prompt.build(manifest, one, one, none, none).digest == DIGEST
+
+
 def test_too_large_a_file_is_refused_unread(tmp_path: Path) -> None:
     path = tmp_path / "big.safetensors"
     with path.open("wb") as file:
@@ -289,7 +335,12 @@ def test_a_manifest_that_no_encoder_could_write_back_is_refused(value: str) -> N
 
 
 def test_a_manifest_survives_its_json() -> None:
-    manifest = replace(tiny.prompt().manifest, answers=("yes", "no"), metric={"name": "accuracy", "value": 0.5, "n": 9})
+    manifest = replace(
+        tiny.prompt().manifest,
+        answers=("yes", "no"),
+        metric={"name": "accuracy", "value": 0.5, "n": 9},
+        encoder_layers=(0, 1),
+    )
     assert Manifest.from_json(manifest.to_json()) == manifest
 
 

@@ -28,7 +28,7 @@ class ImportedSides:
     """Goes into the manifest as `provenance.source`."""
 
     def prompt(self, manifest: Manifest) -> Prompt:
-        """The prompt of this manifest, whose lengths and origin are replaced by what was found.
+        """The prompt of this manifest, whose lengths, layers and origin are replaced by what was found.
 
         Numbers keep their type where prompt files know it and both sides have the same, else they become float32.
         """
@@ -41,6 +41,8 @@ class ImportedSides:
             manifest,
             encoder_length=encoder[0].shape[2],
             decoder_length=decoder[0].shape[2],
+            encoder_layers=None,
+            decoder_layers=None,
             provenance={**manifest.provenance, "source": dict(self.origin)},
         )
         return Prompt.build(described, *encoder, *decoder)

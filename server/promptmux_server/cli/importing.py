@@ -24,7 +24,7 @@ from promptmux_server.backbone.weights.differences import differences
 from promptmux_server.tasks import TaskSpec
 
 OF_THE_BACKBONE = ("backbone_name", "fingerprint")
-"""Manifest keys that no task decides; its lengths are replaced by what is found."""
+"""Manifest keys that no task decides; its lengths and layers are replaced by what is found."""
 
 DRIFTED = (
     "the checkpoint's batch normalisation drifted while it was trained, as the released recipe lets it, so answers on "

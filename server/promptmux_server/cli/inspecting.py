@@ -127,32 +127,42 @@ def _manifest_rows(description: Description) -> list[tuple[str, str]]:
 
 def _file_rows(inspection: Inspection) -> list[tuple[str, str]]:
     description = inspection.description
-    sides = (("encoder", description.encoder), ("decoder", description.decoder))
+    manifest = description.manifest
     return [
-        *((name, _side(side)) for name, side in sides),
+        ("encoder", _side(description.encoder, manifest.encoder_layers)),
+        ("decoder", _side(description.decoder, manifest.decoder_layers)),
         ("sha256", description.sha256),
         ("file", f"{inspection.file_bytes:,} bytes of {description.dtype}, sha256 {inspection.file_sha256[:12]}"),
     ]
 
 
-def _side(side: SideDescription | None) -> str:
+def _side(side: SideDescription | None, present: tuple[int, int] | None) -> str:
     if side is None:
         return "none"
     layers, heads, length, head_dim = side.shape
-    return f"{length} positions in {layers} layers of {heads} heads of {head_dim}, {side.bytes:,} bytes"
+    some = "" if present is None else f"layers {present[0]} to {present[1] - 1} of "
+    return f"{length} positions in {some}{layers} layers of {heads} heads of {head_dim}, {side.bytes:,} bytes"
 
 
 def _norm_rows(description: Description) -> list[tuple[str, ...]]:
-    """Mean norms; a side that is absent, or has fewer layers, leaves its cells empty."""
+    """Mean norms; a side that is absent, or not in a layer, leaves its cells empty."""
+    manifest = description.manifest
     columns = [
-        [f"{norm:.3f}" for norm in norms]
-        for side in (description.encoder, description.decoder)
+        [f"{norm:.3f}" if _is_in(layer, present) else "" for layer, norm in enumerate(norms)]
+        for side, present in (
+            (description.encoder, manifest.encoder_layers),
+            (description.decoder, manifest.decoder_layers),
+        )
         for norms in ((side.key_norms, side.value_norms) if side else ((), ()))
     ]
     layers = max(map(len, columns))
     return [
         (str(layer), *(column[layer] if layer < len(column) else "" for column in columns)) for layer in range(layers)
     ]
+
+
+def _is_in(layer: int, present: tuple[int, int] | None) -> bool:
+    return present is None or present[0] <= layer < present[1]
 
 
 def _show_nearest(found: Nearest, unreadable: list[str]) -> None:
