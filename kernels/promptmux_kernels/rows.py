@@ -172,16 +172,25 @@ def _join_pages(pages: Tensor) -> Tensor:
 class PromptBatch:
     """The prompt pool of one side (encoder or decoder) with the pages of each row of a batch.
 
-    `key` and `value` are (L, pages, H, PAGE, D).
+    `key` and `value` are (L, pages, H, PAGE, D). A row has no prompt in layers outside `layers[b]`, None standing for
+    all; zeros there would be no substitute, for a key of zeros draws attention away from the row's own.
     """
 
     key: Tensor
     value: Tensor
     table: Tensor
     lengths: tuple[int, ...]
+    layers: tuple[range | None, ...] | None = None
+    """None: every row's prompt is in all layers."""
 
     def layer(self, index: int) -> PagedPrompts:
-        return PagedPrompts(self._keys[index], self._values[index], self.table, self.lengths)
+        return PagedPrompts(self._keys[index], self._values[index], self.table, self._lengths(index))
+
+    def _lengths(self, index: int) -> tuple[int, ...]:
+        if self.layers is None:
+            return self.lengths
+        pairs = zip(self.lengths, self.layers, strict=True)
+        return tuple(length if own is None or index in own else 0 for length, own in pairs)
 
     # Unbound once: the gradient of a layer that is taken by its index is as large as all layers.
     @cached_property
@@ -193,7 +202,8 @@ class PromptBatch:
         return self.value.unbind(0)
 
     def select(self, rows: Sequence[int]) -> PromptBatch:
-        return PromptBatch(self.key, self.value, self.table[list(rows)], tuple(self.lengths[r] for r in rows))
+        layers = None if self.layers is None else tuple(self.layers[r] for r in rows)
+        return PromptBatch(self.key, self.value, self.table[list(rows)], tuple(self.lengths[r] for r in rows), layers)
 
 
 def to_pages(prompt: Tensor) -> Tensor:
@@ -204,10 +214,13 @@ def to_pages(prompt: Tensor) -> Tensor:
     return padded.view(layers, heads, pages, PAGE, dim).transpose(1, 2)
 
 
-def pack_prompts(prompts: Sequence[tuple[Tensor, Tensor]], row_prompt: Sequence[int]) -> PromptBatch:
+def pack_prompts(
+    prompts: Sequence[tuple[Tensor, Tensor]], row_prompt: Sequence[int], layers: Sequence[range | None] = ()
+) -> PromptBatch:
     """Lay prompts (K, V), each (L, H, P, D), out as a pool; row b of the batch reads prompt `row_prompt[b]`.
 
-    Differentiable in the prompts, so that a trainer and a server read the same pool in the same way.
+    Prompt p is in `layers[p]` only, if that is given. Differentiable in the prompts, so that a trainer and a server
+    read the same pool in the same way.
     """
     counts = [-(-key.shape[2] // PAGE) for key, _ in prompts]
     spans = Rows.packed(counts)
@@ -221,4 +234,5 @@ def pack_prompts(prompts: Sequence[tuple[Tensor, Tensor]], row_prompt: Sequence[
         value=torch.cat([to_pages(value) for _, value in prompts], dim=1),
         table=table,
         lengths=tuple(prompts[p][0].shape[2] for p in row_prompt),
+        layers=tuple(layers[p] for p in row_prompt) if any(layers) else None,
     )

@@ -15,6 +15,7 @@ from api.registry_server import Served, code, put, serving, small
 from promptmux_prompts import Prompt, read_prompt, write_prompt
 from promptmux_server.api import prompt_documents
 from promptmux_server.api.conditions import LARGEST_PAGE
+from promptmux_server.engine.rehearsal import record_canaries
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,33 @@ def test_a_published_version_is_described_and_answers(served: Served) -> None:
     task = served.client.get("/v1/tasks/first").json()
     assert (task["provenance"], task["author"], task["created"]) == ({"steps": 7}, "local", described.created)
     assert (task["hits"], task["tier"]) == (1, "device")
+
+
+def in_some_layers() -> Prompt:
+    """With a canary."""
+    bottom = small("bottom", encoder_layers=(0, 1), decoder_layers=(1, 2))
+    return record_canaries(tiny.model(), tiny.tokenizer(), bottom, [{"text": "the dog"}])
+
+
+def test_a_prompt_is_served_in_its_own_layers_and_says_so(served: Served) -> None:
+    bottom = in_some_layers()
+    response = served.put("bottom", bottom)
+    assert response.status_code == 201
+    assert response.json()["manifest"]["decoder_layers"] == [1, 2]
+    task = served.client.get("/v1/tasks/bottom").json()
+    assert (task["encoder_layers"], task["decoder_layers"]) == ([0, 1], [1, 2])
+    assert served.client.get("/v1/tasks/seeded").json()["encoder_layers"] is None
+    assert bottom.manifest.canary is not None
+    tokens = bottom.manifest.canary[0].tokens
+    assert served.ask("bottom")["output"]["text"] == tiny.tokenizer().decode(tokens[:-1])
+
+
+def test_the_same_numbers_in_all_layers_are_another_prompt(served: Served) -> None:
+    """The control: with zeros in place of nothing, the canary is answered otherwise."""
+    bottom = in_some_layers()
+    everywhere = replace(bottom.manifest, encoder_layers=None, decoder_layers=None)
+    sides = (bottom.encoder_key, bottom.encoder_value, bottom.decoder_key, bottom.decoder_value)
+    assert code(served.put("zeros", Prompt.build(everywhere, *sides))) == (422, "canary_failed")
 
 
 def test_the_same_content_again_makes_no_version(served: Served) -> None:

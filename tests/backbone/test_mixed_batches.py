@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 import tiny
+from promptmux_kernels import PagedPrompts, pack_prompts, use_form
+from promptmux_prompts import Prompt
 from promptmux_server.backbone.config import BOS, EOS
-from promptmux_server.backbone.encoder import ImageTokens
+from promptmux_server.backbone.encoder import EncoderRow, ImageTokens
 from promptmux_server.engine import runner
 from promptmux_server.engine.decoding import make_search
 from promptmux_server.engine.prompt_table import PromptPools, Residence
@@ -22,6 +24,12 @@ from promptmux_server.tasks.decoding import DecodingParams, Outcome
 
 CPU = torch.device("cpu")
 LENGTHS = [(0, 0), (1, 7), (64, 100), (128, 128), (7, 0), (0, 33), (32, 32), (31, 65)]
+Depth = tuple[tuple[int, int] | None, tuple[int, int] | None]
+"""Layers of encoder (of 2) and decoder (of 3) that carry a prompt; None: all."""
+EVERYWHERE: tuple[Depth, ...] = ((None, None), ((0, 2), (0, 3)))
+DEPTHS: list[Depth] = [
+    *EVERYWHERE, ((0, 1), (0, 1)), ((1, 2), (2, 3)), ((0, 1), None), (None, (1, 3)), ((1, 2), None), (None, (0, 2)),
+]  # fmt: skip
 ANSWERS = ((10, 11), (10, 12), (20,), (30, 31, 32))
 
 Case = tuple[int, tuple[int, ...], tuple[int, ...], ImageTokens | None, DecodingParams]
@@ -31,11 +39,20 @@ Case = tuple[int, tuple[int, ...], tuple[int, ...], ImageTokens | None, Decoding
 @pytest.fixture(scope="module")
 def pools() -> tuple[PromptPools, list[Residence]]:
     pools = PromptPools(tiny.config(), torch.float32, CPU)
-    prompts = [
-        tiny.prompt(f"p{i}", seed=i, encoder_length=LENGTHS[i % 8][0], decoder_length=LENGTHS[i % 8][1])
-        for i in range(16)
-    ]
+    depths = [EVERYWHERE[0]] * 8 + DEPTHS
+    prompts = [deep_prompt(seed, *kind) for seed, kind in enumerate(zip(LENGTHS * 2, depths, strict=True))]
     return pools, [pools.store(prompt) for prompt in prompts]
+
+
+def deep_prompt(seed: int, lengths: tuple[int, int], depth: Depth) -> Prompt:
+    return tiny.prompt(
+        f"p{seed}",
+        seed=seed,
+        encoder_length=lengths[0],
+        decoder_length=lengths[1],
+        encoder_layers=depth[0],
+        decoder_layers=depth[1],
+    )
 
 
 def pictures() -> list[ImageTokens | None]:
@@ -117,6 +134,58 @@ def test_another_prompt_gives_other_logits(pools: tuple[PromptPools, list[Reside
     _, with_one, _ = run([(2, *case[1:])], *pools)
     _, with_other, _ = run([(3, *case[1:])], *pools)
     assert float((with_one - with_other).abs().max()) > 1e-2
+
+
+class InLayers:
+    """A prompt on its own, and no pool at all in layers that do not carry it."""
+
+    def __init__(self, key: Tensor, value: Tensor, layers: tuple[int, int] | None) -> None:
+        self._pool, self._layers = pack_prompts([(key, value)], [0]), range(*(layers or (0, len(key))))
+
+    def layer(self, index: int) -> PagedPrompts | None:
+        return self._pool.layer(index) if index in self._layers else None
+
+
+@torch.no_grad()
+def reference_logits(case: Case, encoder: Any, decoder: Any) -> Tensor:
+    """First logits of one request, by the form that is written to be read."""
+    _, source, prefix, image, _ = case
+    model = tiny.model()
+    with use_form("reference"):
+        memory = model.remember(model.encode([EncoderRow(source, image)], encoder))
+        return model.logits(model.teach([prefix], memory, decoder)[-1:])[0]
+
+
+def test_a_prompt_in_some_layers_is_no_prompt_in_the_others(pools: tuple[PromptPools, list[Residence]]) -> None:
+    cases = [(8 + number, *case[1:]) for number, case in enumerate(random_cases(8, seed=4))]
+    _, logits, _ = run(cases, *pools)
+    for (number, *_), case, found in zip(cases, cases, logits, strict=True):
+        prompt = deep_prompt(number, LENGTHS[number - 8], DEPTHS[number - 8])
+        encoder, decoder = (prompt.encoder_key, prompt.encoder_value), (prompt.decoder_key, prompt.decoder_value)
+        said = prompt.manifest
+        expected = reference_logits(
+            case, InLayers(*encoder, said.encoder_layers), InLayers(*decoder, said.decoder_layers)
+        )
+        assert float((found - expected).abs().max()) <= 1e-4
+        zeros = reference_logits(case, InLayers(*encoder, None), InLayers(*decoder, None))
+        difference = float((found - zeros).abs().max())  # zeros for absent layers are another answer
+        assert (difference > 1e-2) is (DEPTHS[number - 8] not in EVERYWHERE)
+
+
+def test_what_lies_in_the_pages_of_an_absent_layer_is_never_read() -> None:
+    pools = PromptPools(tiny.config(), torch.float32, CPU)
+    homes = [pools.store(deep_prompt(i, (40, 7), depth)) for i, depth in enumerate(DEPTHS[1:4])]
+    cases = [(i % 3, *case[1:]) for i, case in enumerate(random_cases(12, seed=5))]
+    clean = run(cases, pools, homes)
+    for side in ("encoder", "decoder"):
+        pool = getattr(pools, side)
+        for home in homes:
+            own = getattr(home, f"{side}_layers") or range(len(pool.key))
+            for layer in set(range(len(pool.key))) - set(own):
+                pool.key[layer, list(getattr(home, f"{side}_pages"))] = float("nan")
+    poisoned = run(cases, pools, homes)
+    assert poisoned[0] == clean[0]
+    assert torch.equal(poisoned[1], clean[1])
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")], ids=str)

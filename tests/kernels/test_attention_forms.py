@@ -112,6 +112,26 @@ def test_prompt_keys_carry_no_bias() -> None:
         torch.testing.assert_close(out, ones, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("form", ["batched", "cpu", "flash", "reference", "triton"])
+def test_a_row_has_its_prompt_in_its_own_layers_and_none_in_others(form: str) -> None:
+    pairs = [(normal(2, HEADS, n, DIM, seed=n), normal(2, HEADS, n, DIM, seed=n + 1)) for n in (7, 40)]
+    everywhere = pack_prompts(pairs, [0, 1, 1])
+    limited = pack_prompts(pairs, [0, 1, 1], [range(1), None])
+    assert limited.layer(0).lengths == everywhere.layer(1).lengths == (7, 40, 40)
+    assert limited.layer(1).lengths == (0, 40, 40)
+    assert limited.select([2, 0]).layer(1).lengths == (40, 0)
+    own, nothing = pack_prompts([pairs[0]], [0, 0], [range(1)]), pack_prompts([pairs[0]], [0, 0])
+    case = prefill_case([4, 30], [0, 0])
+
+    def attended(prompts: PagedPrompts | None) -> Tensor:
+        return prefill(case | {"prompts": prompts}, form, causal=False)
+
+    torch.testing.assert_close(attended(own.layer(1)), attended(None), atol=0, rtol=0)
+    zeros = PagedPrompts(torch.zeros_like(own.layer(1).key), torch.zeros_like(own.layer(1).value), own.table, (7, 7))
+    assert float((attended(zeros) - attended(None)).abs().max()) > 0.05  # keys of zeros draw attention
+    assert torch.equal(attended(own.layer(0)), attended(nothing.layer(0)))
+
+
 def decode_case(widths: list[int], steps: list[int], prompt_lengths: list[int]) -> dict[str, object]:
     rng = random.Random(4)
     slots, longest = 200, max(steps)

@@ -290,6 +290,7 @@ def test_tasks_are_listed_from_page_to_page_with_where_they_come_from() -> None:
         "name": "a",
         "state": "ready",
         "provenance": {"steps": 9},
+        "encoder_layers": [0, 2],
         "author": "trainer",
         "created": "2026-01-02T03:04:05Z",
     }
@@ -298,6 +299,7 @@ def test_tasks_are_listed_from_page_to_page_with_where_they_come_from() -> None:
     with Client("http://server", transport=httpx2.MockTransport(script)) as client:
         first, second = client.tasks()
     assert (first.name, first.provenance, first.author) == ("a", {"steps": 9}, "trainer")
+    assert (first.encoder_layers, first.decoder_layers) == ((0, 2), None)
     assert (second.name, second.created) == ("b", None)
     assert script.sent == ["GET /v1/tasks", "GET /v1/tasks?after=a"]
 

@@ -92,7 +92,10 @@ class Reason(Document):
 
 
 class Task(Document):
-    """Served (`ready`), or known and not served (`refused`) for the reason in `error`."""
+    """Served (`ready`), or known and not served (`refused`) for the reason in `error`.
+
+    `encoder_layers` and `decoder_layers`: the first that carries the prompt, and the one behind the last; null: all do.
+    """
 
     name: str
     state: Literal["ready", "refused"]
@@ -101,6 +104,8 @@ class Task(Document):
     sha256: str | None
     encoder_length: int
     decoder_length: int
+    encoder_layers: tuple[int, int] | None
+    decoder_layers: tuple[int, int] | None
     bytes: int
     takes_text: bool
     takes_premise: bool

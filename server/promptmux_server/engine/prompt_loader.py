@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 from promptmux_prompts import Prompt, PromptFileError
 from promptmux_server.engine.prompt_copies import PromptCopies
@@ -82,7 +83,7 @@ class PromptLoader:
             self._tiers.discard(job)
             self._tiers.fail(job.version, Internal, "This task's prompt could not be copied to the device.")
         else:
-            self._tiers.arrive(job, written)
+            self._tiers.arrive(replace(job, home=job.home.of(prompt)), written)
 
     def _fetch(self, version: Version) -> Prompt | None:
         """Disk to host; None if that failed, which those who wait are told."""

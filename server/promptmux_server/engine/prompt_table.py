@@ -7,7 +7,7 @@ short, is `prompt_tiers`'s. Pages are handed out and taken back by one thread, w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,12 +25,20 @@ DEFAULT_LENGTH = 100
 
 @dataclass(frozen=True)
 class Residence:
-    """Pages of one prompt version in the encoder's and the decoder's pool, and its lengths there."""
+    """Pages of one prompt version in the encoder's and the decoder's pool, its lengths there, and its layers."""
 
     encoder_pages: tuple[int, ...]
     decoder_pages: tuple[int, ...]
     encoder_length: int
     decoder_length: int
+    encoder_layers: range | None = None
+    """None: all of them. Said by the prompt, so not before it is at hand."""
+    decoder_layers: range | None = None
+
+    def of(self, prompt: Prompt) -> Residence:
+        """The same pages, for this prompt's layers."""
+        encoder, decoder = prompt.manifest.encoder_layers, prompt.manifest.decoder_layers
+        return replace(self, encoder_layers=encoder and range(*encoder), decoder_layers=decoder and range(*decoder))
 
 
 NO_PROMPT = Residence((), (), 0, 0)
@@ -105,11 +113,13 @@ class PagePool:
         """Take back pages that have been zeroed."""
         self._free.extend(pages)
 
-    def batch(self, rows: Sequence[tuple[tuple[int, ...], int]]) -> PromptBatch:
-        """The pool as a batch reads it: (pages, length) of each row."""
-        width = max(1, *(len(pages) for pages, _ in rows))
-        table = torch.tensor([[*pages, *(0,) * (width - len(pages))] for pages, _ in rows], device=self.key.device)
-        return PromptBatch(self.key, self.value, table, tuple(length for _, length in rows))
+    def batch(self, rows: Sequence[tuple[tuple[int, ...], int, range | None]]) -> PromptBatch:
+        """The pool as a batch reads it: (pages, length, layers) of each row."""
+        width = max(1, *(len(pages) for pages, _, _ in rows))
+        table = torch.tensor([[*pages, *(0,) * (width - len(pages))] for pages, _, _ in rows], device=self.key.device)
+        layers = tuple(layers for _, _, layers in rows)
+        lengths = tuple(length for _, length, _ in rows)
+        return PromptBatch(self.key, self.value, table, lengths, layers if any(layers) else None)
 
 
 class PromptPools:
@@ -152,7 +162,7 @@ class PromptPools:
 
     def store(self, prompt: Prompt) -> Residence:
         """Take pages for a prompt and fill them; the caller has seen that there are enough."""
-        home = self.take(prompt.encoder_key.shape[2], prompt.decoder_key.shape[2])
+        home = self.take(prompt.encoder_key.shape[2], prompt.decoder_key.shape[2]).of(prompt)
         self.write(home, prompt)
         return home
 
@@ -168,8 +178,8 @@ class PromptPools:
     def batch(self, rows: Sequence[Residence]) -> BatchPrompts:
         """Prompts of a batch whose row b reads `rows[b]`."""
         return BatchPrompts(
-            encoder=self.encoder.batch([(row.encoder_pages, row.encoder_length) for row in rows]),
-            decoder=self.decoder.batch([(row.decoder_pages, row.decoder_length) for row in rows]),
+            encoder=self.encoder.batch([(row.encoder_pages, row.encoder_length, row.encoder_layers) for row in rows]),
+            decoder=self.decoder.batch([(row.decoder_pages, row.decoder_length, row.decoder_layers) for row in rows]),
         )
 
 

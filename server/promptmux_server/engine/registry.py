@@ -295,4 +295,10 @@ class Registry:
             manifest = self._specs.of(source).manifest
         except PromptQuarantined:
             return status
-        return replace(status, metric=manifest.metric, provenance=manifest.provenance)
+        return replace(
+            status,
+            encoder_layers=manifest.encoder_layers,
+            decoder_layers=manifest.decoder_layers,
+            metric=manifest.metric,
+            provenance=manifest.provenance,
+        )

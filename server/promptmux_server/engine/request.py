@@ -103,6 +103,9 @@ class TaskStatus:
     sha256: str | None = None
     encoder_length: int = 0
     decoder_length: int = 0
+    encoder_layers: tuple[int, int] | None = None
+    """The first of the layers that carry the prompt, and the one behind the last; None: all layers do."""
+    decoder_layers: tuple[int, int] | None = None
     bytes: int = 0
     takes_text: bool = False
     takes_premise: bool = False
