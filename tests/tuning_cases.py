@@ -52,8 +52,10 @@ def example(rng: random.Random) -> Example:
 
 PROMPTS = (
     PromptRecipe(encoder_length=4, decoder_length=3, dropout=0.2),
-    PromptRecipe(encoder_length=40, decoder_length=5, dropout=0.0),
-    PromptRecipe(encoder_length=7, decoder_length=0, generator="mlp", generator_width=16, dropout=0.1),
+    PromptRecipe(encoder_length=40, decoder_length=5, encoder_layers=(0, 1), decoder_layers=(1, 3), dropout=0.0),
+    PromptRecipe(
+        encoder_length=7, decoder_length=0, encoder_layers=(1, 2), generator="mlp", generator_width=16, dropout=0.1
+    ),
     PromptRecipe(encoder_length=0, decoder_length=6, dropout=0.2),
 )
 STEPS = (
@@ -65,7 +67,7 @@ STEPS = (
 
 
 def tuning_run(index: int, *, model: OFA | None = None, data: Batches | None = None, **changes: object) -> Run:
-    """Run `index` of four that differ in lengths, generator, rates, seeds, data and rows; `changes` to its steps."""
+    """Run `index` of four that differ in prompt, layers, rates, seeds, data and rows; `changes` to its steps."""
     steps = replace(STEPS[index], **changes)  # type: ignore[arg-type]
     method = DeepPrompts(model or tiny.model(), PROMPTS[index], seed=steps.seed)
     return Run(f"run-{index}", method, steps, data or RandomBatches(index, rows=3 + index))

@@ -48,7 +48,12 @@ def recipe(steps: int = STEPS) -> StepRecipe:
 
 
 def config(
-    folder: Path, *, steps: StepRecipe | None = None, method: MethodConfig | None = None, **run: Any
+    folder: Path,
+    *,
+    steps: StepRecipe | None = None,
+    method: MethodConfig | None = None,
+    prompt: PromptRecipe | None = None,
+    **run: Any,
 ) -> JobConfig:
     """The job over `data` of the folder; its output lies in `out` there."""
     rhythm: dict[str, Any] = {"rows": 3, "validate_every": 8, "checkpoint_every": 2, **run}
@@ -58,7 +63,7 @@ def config(
         task=TaskConfig(name="counting", kind="answer"),
         data=DataConfig(train=[SourceConfig(path=data(folder))], heldout=0.3),
         method=method or MethodConfig(),
-        prompt=PromptRecipe(encoder_length=4, decoder_length=3),
+        prompt=prompt or PromptRecipe(encoder_length=4, decoder_length=3),
         steps=steps or recipe(),
         run=RunConfig(**rhythm),
     )

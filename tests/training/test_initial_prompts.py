@@ -81,6 +81,14 @@ def test_rows_that_are_too_few_are_followed_by_noise() -> None:
     assert 0.9 * NOISE < float(table[3:].std()) < 1.1 * NOISE
 
 
+def test_noise_stands_where_rows_say_nothing() -> None:
+    rows = torch.full((3, 4000), 7.0)
+    rows[:, :1000] = torch.nan
+    table = initial_table(3, 4000, seed=1, rows=rows)
+    assert torch.equal(table[:, :1000], initial_table(3, 4000, seed=1)[:, :1000])
+    assert torch.equal(table[:, 1000:], rows[:, 1000:])
+
+
 def test_rows_that_are_too_many_are_thinned_evenly() -> None:
     rows = torch.arange(10.0)[:, None]
     assert thinned(rows, 4)[:, 0].tolist() == [0, 2, 5, 7]
@@ -107,3 +115,16 @@ def test_a_mean_of_prompts_is_taken_over_those_that_have_the_row() -> None:
     torch.testing.assert_close(begin.encoder[:2], (ours[[0, 1]] + theirs) / 2)
     assert torch.equal(begin.encoder[2:], ours[[3, 4]])
     assert torch.equal(begin.decoder, join_table(long.decoder_key, long.decoder_value))
+
+
+def test_a_prompt_counts_in_the_layers_that_carry_it_alone() -> None:
+    bottom = tiny.prompt(seed=1, encoder_layers=(0, 1), decoder_layers=(0, 2))
+    middle = tiny.prompt(seed=2, encoder_layers=(0, 1), decoder_layers=(1, 2))
+    begin = begin_of_prompts([bottom, middle], 4, 3)
+    assert begin.encoder is not None
+    assert begin.decoder is not None
+    assert split_table(begin.encoder, 2, 2)[1][1].isnan().all()  # neither has the second layer
+    key, _ = split_table(begin.decoder, 3, 2)
+    torch.testing.assert_close(key[0], bottom.decoder_key[0])
+    torch.testing.assert_close(key[1], (bottom.decoder_key[1] + middle.decoder_key[1]) / 2)
+    assert key[2].isnan().all()

@@ -82,6 +82,10 @@ def test_what_is_not_said_has_its_default() -> None:
         ("steps = 500", "steps = 1" + "0" * 5000, "no setting is a date"),
         ("steps = 500", "steps = " + "[" * 9999, "no setting is nested so deeply"),
         ("[steps]", "[steps]\n" + "a." * 30_000 + "a = 1", "no setting has a name of so many parts"),
+        ("encoder_length = 16", "encoder_layers = [0]", "line 14: prompt: encoder_layers must be two numbers"),
+        ("encoder_length = 16", "encoder_layers = 2", "line 15: prompt.encoder_layers: input should be a valid"),
+        ("encoder_length = 16", "encoder_layers = [2, 2]", "encoder_layers must be two numbers, the first layer"),
+        ("encoder_length = 16", "encoder_length = 0\nencoder_layers = [0, 2]", "encoder_layers must be left out where"),
         ("learning_rate = 0.05", "learning_rate = ", "is not TOML: Invalid value (at line 19, column 17)"),
     ],
 )  # fmt: skip

@@ -14,13 +14,19 @@ import torch
 import tiny
 from promptmux_prompts import Prompt
 from promptmux_server.backbone.weights import LoadedBackbone
-from promptmux_server.errors import CheckpointNotWritten, DataError, TrainingDiverged, TrainingError
+from promptmux_server.errors import (
+    CheckpointNotWritten,
+    DataError,
+    TrainingConfigError,
+    TrainingDiverged,
+    TrainingError,
+)
 from promptmux_server.training import cohort as cohort_module
 from promptmux_server.training import run as run_module
 from promptmux_server.training.checkpoint import Checkpoints
 from promptmux_server.training.job import Event, Job, Scored, Stopped
 from promptmux_server.training.metrics import Score
-from promptmux_server.training.recipe import StepRecipe
+from promptmux_server.training.recipe import PromptRecipe, StepRecipe
 from promptmux_server.training.validation import Exam, OpenBackbone
 from training.job_worker import any_score, backbone, config, data, job
 
@@ -115,6 +121,36 @@ def test_another_recipe_is_refused_unless_it_is_allowed(tmp_path: Path) -> None:
         go(short(tmp_path, steps=gentler))
     go(short(tmp_path, steps=gentler), changed_recipe=True)
     assert kept(tmp_path)[-1] == 8
+
+
+def in_layers(encoder: tuple[int, int] | None) -> PromptRecipe:
+    return PromptRecipe(encoder_length=4, decoder_length=3, encoder_layers=encoder)
+
+
+def test_a_prompt_of_other_layers_is_another_run(tmp_path: Path) -> None:
+    go(short(tmp_path, prompt=in_layers((1, 2))), 3)
+    for other in (None, (0, 1), (0, 2)):
+        with pytest.raises(TrainingError, match="of another run: its task, prompt differ"):
+            go(short(tmp_path, prompt=in_layers(other)))
+    opened = short(tmp_path, prompt=in_layers((1, 2)))
+    go(opened)
+    learned = opened.learned()
+    assert (learned.manifest.encoder_layers, learned.manifest.decoder_layers) == ((1, 2), None)
+    assert isinstance(learned, Prompt)
+    assert not learned.encoder_key[0].any()
+    assert learned.encoder_key[1].any()
+    assert learned.manifest.provenance["trainable"] == (4 * 1 + 3 * 3) * 2 * 64
+
+
+def test_all_layers_written_out_are_all_layers(tmp_path: Path) -> None:
+    opened = short(tmp_path, prompt=in_layers((0, 2)))
+    go(opened)
+    assert opened.learned().manifest.encoder_layers is None
+
+
+def test_layers_that_the_backbone_has_not_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrainingConfigError, match=r"prompt.encoder_layers must lie within \[0, 2\], the backbone's"):
+        short(tmp_path, prompt=in_layers((1, 3)))
 
 
 def test_changed_data_are_refused(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_one_content_under_two_names_counts_once() -> None:
 
 def test_a_prompt_that_diverges_is_left_out_and_said_so(caplog: pytest.LogCaptureFixture) -> None:
     spoilt = tiny.prompt("spoilt", seed=7)
-    spoilt = replace(spoilt, encoder_key=torch.full_like(spoilt.encoder_key, float("nan")))
+    spoilt = replace(spoilt, encoder_key=torch.full_like(spoilt.encoder_key, float("inf")))
     found = nearest([spoilt, STRANGERS[0]], 2, probe, PLAINLY)
     assert [near.prompt for near in found] == [STRANGERS[0]]
     assert "left out as a beginning" in caplog.text

@@ -38,6 +38,10 @@ def test_the_worst_tokens_are_dropped_after_the_step_named() -> None:
     [
         (PromptRecipe, {"encoder_length": 0, "decoder_length": 0}),
         (PromptRecipe, {"encoder_length": -1}),
+        (PromptRecipe, {"encoder_layers": (1, 1)}),
+        (PromptRecipe, {"encoder_layers": (0, 1, 2)}),
+        (PromptRecipe, {"decoder_layers": (-1, 2)}),
+        (PromptRecipe, {"decoder_layers": (0, 2), "decoder_length": 0}),
         (PromptRecipe, {"generator": "lstm"}),
         (PromptRecipe, {"generator_width": 0}),
         (PromptRecipe, {"dropout": 1.0}),

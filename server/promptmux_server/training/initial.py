@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from promptmux_prompts import Prompt
@@ -27,7 +28,7 @@ NOISE = 0.02
 
 @dataclass(frozen=True)
 class Begin:
-    """Rows (n, layers * 2 * d_model) that each side's table begins with; None: noise alone."""
+    """Rows (n, layers * 2 * d_model) that each side's table begins with; None, and NaN where it stands: noise."""
 
     encoder: Tensor | None = None
     decoder: Tensor | None = None
@@ -47,18 +48,18 @@ def begin_of_texts(model: OFA, sources: Sequence[Sequence[int]]) -> Begin:
 
 
 def begin_of_prompts(prompts: Sequence[Prompt], encoder_length: int, decoder_length: int) -> Begin:
-    """The mean of prompts of one backbone, for a prompt of these lengths."""
-    encoders = [join_table(prompt.encoder_key, prompt.encoder_value) for prompt in prompts]
-    decoders = [join_table(prompt.decoder_key, prompt.decoder_value) for prompt in prompts]
+    """The mean of prompts of one backbone, for a prompt of these lengths; NaN where none of them has a number."""
+    encoders = [_table(each.encoder_key, each.encoder_value, each.manifest.encoder_layers) for each in prompts]
+    decoders = [_table(each.decoder_key, each.decoder_value, each.manifest.decoder_layers) for each in prompts]
     return Begin(_mean(encoders, encoder_length), _mean(decoders, decoder_length))
 
 
 def initial_table(length: int, width: int, seed: int, rows: Tensor | None = None) -> Tensor:
-    """A table (length, width): `rows` (n, width), thinned if they are too many, and noise behind them."""
+    """A table (length, width): `rows` (n, width), thinned if they are too many, and noise where they say nothing."""
     table = torch.randn(length, width, generator=torch.Generator().manual_seed(seed)) * NOISE
     if rows is not None:
         fitting = thinned(rows, length)
-        table[: len(fitting)] = fitting.to(table)
+        table[: len(fitting)] = torch.where(fitting.isnan(), table[: len(fitting)], fitting.to(table))
     return table
 
 
@@ -69,15 +70,21 @@ def thinned(rows: Tensor, length: int) -> Tensor:
     return rows[[index * len(rows) // length for index in range(length)]]
 
 
+def _table(key: Tensor, value: Tensor, layers: tuple[int, int] | None) -> Tensor:
+    """K and V (layers, H, P, D) as rows (P, layers * 2 * d_model), NaN in layers that carry no prompt."""
+    table = join_table(key.float(), value.float())
+    if layers is not None:
+        width = table.shape[1] // len(key)
+        table[:, : layers[0] * width] = table[:, layers[1] * width :] = torch.nan
+    return table
+
+
 def _mean(tables: Sequence[Tensor], length: int) -> Tensor:
-    """Row by row, over the tables that have the row."""
-    fitting = [thinned(table.float(), length) for table in tables]
-    longest = max(len(table) for table in fitting)
-    total, count = torch.zeros(longest, fitting[0].shape[1]), torch.zeros(longest, 1)
-    for table in fitting:
-        total[: len(table)] += table
-        count[: len(table)] += 1
-    return total / count
+    """Number by number, over the tables that have it; NaN where none has."""
+    fitting = [thinned(table, length) for table in tables]
+    longest = max(map(len, fitting))
+    padded = [F.pad(table, (0, 0, 0, longest - len(table)), value=torch.nan) for table in fitting]
+    return torch.stack(padded).nanmean(0)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ training knows no engine; how progress is shown is for whoever reads the events.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +21,7 @@ from promptmux_server.training.cohort import Cohort
 from promptmux_server.training.curve import Curve
 from promptmux_server.training.initial import Begin
 from promptmux_server.training.job_config import JobConfig
-from promptmux_server.training.job_parts import method_of, prompt_of, with_lengths
+from promptmux_server.training.job_parts import method_of, prompt_of, with_prompt
 from promptmux_server.training.material import Material
 from promptmux_server.training.methods import Method, trainable
 from promptmux_server.training.metrics import Score
@@ -91,7 +92,7 @@ class Job:
         self._material = material or Material(config, backbone, ranks)
         self._owns_material = material is None
         self.data, self.exam = self._material.data, self._material.exam
-        self._manifest = with_lengths(self._material.manifest, config)
+        self._manifest = with_prompt(self._material.manifest, config, backbone.loaded.config)
         self.run = self._material.start(name or config.task.name, method_of(config, backbone), config.steps)
         self._begun_from: Any = None
         self._identity = self._what_it_is()
@@ -232,7 +233,7 @@ class Job:
         }
 
     def _check_same_run(self, found: Checkpoint, allowed: str | None) -> None:
-        expected = self._identity
+        expected = json.loads(json.dumps(self._identity))  # as a checkpoint gives it back: lists where tuples were
         differing = [topic for topic in expected if found.identity.get(topic) != expected[topic] and topic != allowed]
         if not differing:
             return

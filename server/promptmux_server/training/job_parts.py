@@ -11,6 +11,7 @@ from torch import Tensor
 
 from promptmux_prompts import InvalidPromptFile, Manifest, Prompt
 from promptmux_server.backbone.assemble import assemble, serving_dtype
+from promptmux_server.backbone.config import BackboneConfig
 from promptmux_server.backbone.weights import load_backbone
 from promptmux_server.errors import DataError, TrainingConfigError
 from promptmux_server.tasks import TaskSpec
@@ -19,6 +20,7 @@ from promptmux_server.training.data.source import distinct_targets, open_source
 from promptmux_server.training.initial import FROM_NOISE, Begin
 from promptmux_server.training.job_config import BeginConfig, JobConfig
 from promptmux_server.training.methods import DeepPrompts, Method, weights_method
+from promptmux_server.training.methods.prompts import prompt_layers
 from promptmux_server.training.recipe import RecipeError
 from promptmux_server.training.validation import OpenBackbone
 
@@ -63,23 +65,37 @@ def task_spec(config: JobConfig, backbone: OpenBackbone) -> TaskSpec:
             labels=labels,
             takes_image=task.takes_image,
         )
-        manifest = with_lengths(replace(manifest, decoding=dict(task.decoding)), config)
+        manifest = with_prompt(replace(manifest, decoding=dict(task.decoding)), config, backbone.loaded.config)
         return TaskSpec.from_manifest(manifest, backbone.loaded.config)
     except InvalidPromptFile as error:
         raise TrainingConfigError(f"There can be no such task: {error}.") from error
 
 
-def with_lengths(manifest: Manifest, config: JobConfig) -> Manifest:
-    """The manifest of what a job learns, be it of other jobs' length; raises TrainingConfigError for a long prompt."""
-    lengths = config.prompt if config.method.name == "prompt" else None
+def with_prompt(manifest: Manifest, config: JobConfig, backbone: BackboneConfig) -> Manifest:
+    """The manifest with lengths and layers of what a job learns, be it of another job's prompt.
+
+    Raises TrainingConfigError for a prompt that there cannot be.
+    """
+    recipe = config.prompt
+    if config.method.name != "prompt":
+        return replace(manifest, encoder_length=0, decoder_length=0, encoder_layers=None, decoder_layers=None)
     try:
+        layers = prompt_layers(backbone, recipe)
         return replace(
             manifest,
-            encoder_length=lengths.encoder_length if lengths else 0,
-            decoder_length=lengths.decoder_length if lengths else 0,
+            encoder_length=recipe.encoder_length,
+            decoder_length=recipe.decoder_length,
+            encoder_layers=_unless_all(layers["encoder"], backbone.encoder_layers),
+            decoder_layers=_unless_all(layers["decoder"], backbone.decoder_layers),
         )
+    except RecipeError as error:
+        raise TrainingConfigError(f"prompt.{error}.") from error
     except InvalidPromptFile as error:
         raise TrainingConfigError(f"There can be no such prompt: {error}.") from error
+
+
+def _unless_all(layers: range, count: int) -> tuple[int, int] | None:
+    return None if len(layers) == count else (layers.start, layers.stop)
 
 
 def _labels_found(config: JobConfig) -> list[str]:

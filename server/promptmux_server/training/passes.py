@@ -81,6 +81,8 @@ def _prompts(sharing: Sharing) -> tuple[PromptBatch | None, PromptBatch | None]:
     """Both sides' prompts of all rows in one pool each."""
     encoder: list[KeyValue] = []
     decoder: list[KeyValue] = []
+    encoder_layers: list[range | None] = []
+    decoder_layers: list[range | None] = []
     of_row: list[int] = []
     for run, part in sharing:
         prompts = run.method.prompts(len(part.batch.examples), part.chance)
@@ -90,4 +92,6 @@ def _prompts(sharing: Sharing) -> tuple[PromptBatch | None, PromptBatch | None]:
         of_row += [len(encoder) + index for index in prompts.of_row]
         encoder += prompts.encoder
         decoder += prompts.decoder
-    return pack_prompts(encoder, of_row), pack_prompts(decoder, of_row)
+        encoder_layers += [prompts.encoder_layers] * len(prompts.encoder)
+        decoder_layers += [prompts.decoder_layers] * len(prompts.decoder)
+    return pack_prompts(encoder, of_row, encoder_layers), pack_prompts(decoder, of_row, decoder_layers)

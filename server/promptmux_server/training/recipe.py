@@ -26,6 +26,9 @@ class PromptRecipe:
 
     encoder_length: int = 64
     decoder_length: int = 64
+    encoder_layers: tuple[int, ...] | None = None
+    """Two numbers: the first of the layers that carry the prompt, and the one behind the last; None: all layers do."""
+    decoder_layers: tuple[int, ...] | None = None
     generator: Generator = "table"
     """"mlp" learns a small network that makes the table, and is folded into a plain table when saved."""
     generator_width: int | None = None
@@ -38,9 +41,17 @@ class PromptRecipe:
         _hold("encoder_length", self.encoder_length >= 0, "at least 0")
         _hold("decoder_length", self.decoder_length >= 0, "at least 0")
         _hold("encoder_length", self.encoder_length + self.decoder_length > 0, "above 0, or decoder_length be")
+        self._check_layers("encoder_layers", self.encoder_layers, self.encoder_length)
+        self._check_layers("decoder_layers", self.decoder_layers, self.decoder_length)
         _hold("generator", self.generator in ("table", "mlp"), "table or mlp")
         _hold("generator_width", self.generator_width is None or self.generator_width > 0, "above 0")
         _hold("dropout", 0.0 <= self.dropout < 1.0, "in [0, 1)")
+
+    def _check_layers(self, field: str, layers: tuple[int, ...] | None, length: int) -> None:
+        if layers is not None:
+            _hold(field, length > 0, "left out where there is no prompt of that side")
+            holds = len(layers) == 2 and 0 <= layers[0] < layers[1]
+            _hold(field, holds, "two numbers, the first layer and the one behind the last")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,9 @@ class RowPrompts:
     encoder: Sequence[KeyValue]
     decoder: Sequence[KeyValue]
     of_row: Sequence[int]
+    encoder_layers: range | None = None
+    """Those that carry the prompts; None: all."""
+    decoder_layers: range | None = None
 
 
 class Method(Protocol):

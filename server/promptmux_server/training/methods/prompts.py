@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from promptmux_prompts.importers.ofa import fold_generator, split_table
@@ -26,14 +27,18 @@ class DeepPrompts:
     needs_pixels = False
 
     def __init__(self, model: OFA, recipe: PromptRecipe, *, seed: int, begin: Begin = FROM_NOISE) -> None:
-        """Raises ValueError if the backbone would change, RecipeError if an MLP is to begin from rows."""
+        """Raises ValueError if the backbone would change, RecipeError if an MLP is to begin from rows, and for layers
+        that there are not."""
         if model.training or any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("the backbone is not frozen: call eval() and requires_grad_(False) first")
         if recipe.generator == "mlp" and begin != FROM_NOISE:
             raise RecipeError("generator must be table where a prompt begins from given rows")
         self.model, self._recipe = model, recipe
-        self._layers = {"encoder": model.config.encoder_layers, "decoder": model.config.decoder_layers}
-        first = {"encoder.embedding.weight": begin.encoder, "decoder.embedding.weight": begin.decoder}
+        self._layers = prompt_layers(model.config, recipe)
+        first = {
+            "encoder.embedding.weight": self._columns("encoder", begin.encoder),
+            "decoder.embedding.weight": self._columns("decoder", begin.decoder),
+        }
         self.parameters = {
             name: nn.Parameter(_initial(shape, seed + number, first.get(name)).to(model.device))
             for number, (name, shape) in enumerate(prompt_shapes(model.config, recipe).items())
@@ -41,12 +46,14 @@ class DeepPrompts:
 
     def prompts(self, rows: int, chance: Chance | None) -> RowPrompts:
         encoder, decoder = (self._side(side, self.parameters) for side in self._layers)
+        layers = self._layers["encoder"], self._layers["decoder"]
         if chance is None or self._recipe.dropout == 0.0:
-            return RowPrompts([encoder], [decoder], [0] * rows)
+            return RowPrompts([encoder], [decoder], [0] * rows, *layers)
         return RowPrompts(
             self._thinned(encoder, rows, chance, "encoder prompt"),
             self._thinned(decoder, rows, chance, "decoder prompt"),
             range(rows),
+            *layers,
         )
 
     def adapted(self, values: Mapping[str, Tensor]) -> OFA:
@@ -67,10 +74,19 @@ class DeepPrompts:
         }
 
     def _side(self, side: str, values: Mapping[str, Tensor]) -> KeyValue:
+        """Zeros stand in for layers that carry no prompt."""
         config, layers = self.model.config, self._layers[side]
         own = {name.removeprefix(f"{side}."): value for name, value in values.items() if name.startswith(f"{side}.")}
-        table = fold_generator(own) if own else torch.zeros(0, layers * 2 * config.d_model, device=self.model.device)
-        return split_table(table, layers, config.heads)
+        width = len(layers) * 2 * config.d_model
+        table = fold_generator(own) if own else torch.zeros(0, width, device=self.model.device)
+        key, value = split_table(table, len(layers), config.heads)
+        around = (0, 0, 0, 0, 0, 0, layers.start, _layer_counts(config)[side] - layers.stop)
+        return F.pad(key, around), F.pad(value, around)
+
+    def _columns(self, side: str, table: Tensor | None) -> Tensor | None:
+        """Of a table of all layers, what is of those that carry the prompt."""
+        layers, width = self._layers[side], 2 * self.model.config.d_model
+        return None if table is None else table[:, layers.start * width : layers.stop * width]
 
     def _thinned(self, side: KeyValue, rows: int, chance: Chance, place: str) -> list[KeyValue]:
         """Every row's own copy, with numbers dropped one by one, as released."""
@@ -92,16 +108,29 @@ def _initial(shape: Sequence[int], seed: int, begin: Tensor | None) -> Tensor:
     return initial_table(length, width, seed, begin)
 
 
+def prompt_layers(config: BackboneConfig, recipe: PromptRecipe) -> dict[str, range]:
+    """By side, the layers that carry the prompt; raises RecipeError for some that there are not."""
+    asked = {"encoder": recipe.encoder_layers, "decoder": recipe.decoder_layers}
+    found: dict[str, range] = {}
+    for side, count in _layer_counts(config).items():
+        first, end = asked[side] or (0, count)
+        if end > count:
+            raise RecipeError(f"{side}_layers must lie within [0, {count}], the backbone's layers")
+        found[side] = range(first, end)
+    return found
+
+
+def _layer_counts(config: BackboneConfig) -> dict[str, int]:
+    return {"encoder": config.encoder_layers, "decoder": config.decoder_layers}
+
+
 def prompt_shapes(config: BackboneConfig, recipe: PromptRecipe) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what learns; the names behind the side are those that `fold_generator` takes."""
     d, width = config.d_model, recipe.generator_width or 2 * config.d_model
     shapes: dict[str, tuple[int, ...]] = {}
-    sides = (
-        ("encoder", recipe.encoder_length, config.encoder_layers),
-        ("decoder", recipe.decoder_length, config.decoder_layers),
-    )
-    for side, length, layers in sides:
-        table = layers * 2 * d
+    layers = prompt_layers(config, recipe)
+    for side, length in (("encoder", recipe.encoder_length), ("decoder", recipe.decoder_length)):
+        table = len(layers[side]) * 2 * d
         if length == 0:
             continue
         if recipe.generator == "table":
