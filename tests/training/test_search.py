@@ -17,7 +17,7 @@ import tiny
 from promptmux_prompts import write_prompt
 from promptmux_server.errors import CheckpointNotWritten, TrainingConfigError, TrainingError
 from promptmux_server.training import cohort as cohort_module
-from promptmux_server.training.job import Job
+from promptmux_server.training.job import Job, Stepped
 from promptmux_server.training.job_config import BeginConfig
 from promptmux_server.training.loss import Loss
 from promptmux_server.training.methods import DeepPrompts
@@ -25,7 +25,7 @@ from promptmux_server.training.run import Run
 from promptmux_server.training.search.record import TrialRecord, best_of
 from promptmux_server.training.search.report import read_report
 from promptmux_server.training.search.search import Ended, Event, Joined, Search, Stopped
-from promptmux_server.training.search.space import Axis, Choice
+from promptmux_server.training.search.space import Axis, Choice, read_axis
 from promptmux_server.training.search.study import LOCK, Study
 from training import job_worker
 from training.search_cases import config, run, search
@@ -67,6 +67,30 @@ def test_the_batch_is_full_while_trials_are_left(done: Done) -> None:
             learning.discard(event.trial.number)
         most = max(most, len(learning))
     assert (most, drawn, learning) == (4, 8, set())
+
+
+def test_trials_in_other_layers_learn_in_one_batch_what_each_learns_alone(tmp_path: Path) -> None:
+    space: dict[str, Axis] = {"encoder_layers": read_axis([[0, 1], [1, 2], [0, 3]]), "dropout": Choice((0.0,))}
+
+    def opened(trials: int) -> Search:
+        return search(tmp_path, space=space, trials=trials, at_once=3, rungs=[], seed=4)
+
+    run(opened(3))
+    searched = opened(5)  # goes on with the journal
+    _, trials = run(searched)
+    assert {trial.values["encoder_layers"] for trial in trials} == {"[0, 1]", "[1, 2]", "[0, 3]"}
+    for trial in trials:
+        if trial.values["encoder_layers"] == "[0, 3]":
+            assert trial.reason == "prompt.encoder_layers must lie within [0, 2], the backbone's layers."
+            continue
+        job = searched.job_of(trial)
+        alone = replace(job.config.prompt, encoder_layers=tuple(json.loads(str(trial.values["encoder_layers"]))))
+        assert job.config.prompt == alone
+        expected = job_worker.job(tmp_path / trial.name, steps=job.config.steps, prompt=alone, rows=3)
+        with expected:
+            expected.resume()
+            steps = [event.report.loss for event in expected.events() if isinstance(event, Stepped)]
+        assert losses(tmp_path, trial.name) == pytest.approx(steps, rel=1e-5)
 
 
 def test_at_a_rung_the_best_go_on(done: Done) -> None:

@@ -36,6 +36,7 @@ learning_rate = { low = 0.001, high = 0.1, log = true }
 encoder_length = { low = 0, high = 64, step = 8 }
 generator = ["table", "mlp"]
 weight_decay = 0.02
+decoder_layers = [[0, 2], [0, 4]]
 begin = ["noise", "text"]
 """
 
@@ -47,6 +48,7 @@ def test_axes_are_ranges_lists_and_values() -> None:
         "encoder_length": Range(0, 64, step=8),
         "generator": Choice(("table", "mlp")),
         "weight_decay": Choice((0.02,)),
+        "decoder_layers": Choice(("[0, 2]", "[0, 4]")),
         "begin": Choice(("noise", "text")),
     }
     assert [axis.whole for axis in space.values() if isinstance(axis, Range)] == [False, True]
@@ -64,6 +66,8 @@ def test_a_trial_is_a_job_with_its_values_and_the_files_elsewhere() -> None:
     assert (trial.steps.learning_rate, trial.steps.warmup, trial.steps.steps) == (0.01, 0.1, 90)
     assert (trial.prompt.encoder_length, trial.prompt.decoder_length) == (8, 64)
     assert trial.begin.text is None
+    assert trial.prompt.decoder_layers is None
+    assert trial_config(search, 7, {"decoder_layers": "[0, 4]"}).prompt.decoder_layers == (0, 4)
     assert trial_config(search, 7, {"begin": "text"}).begin.text == [" what is it?"]
     assert trial.output == Path("/data/runs/pets/trials/0007")
     assert trial.cache_folder == search.cache_folder
@@ -87,10 +91,13 @@ def test_a_trial_is_a_job_with_its_values_and_the_files_elsewhere() -> None:
         ("low = 0, high = 64", "low = -8, high = 64", "line 22: search.space.encoder_length: -8 is not allowed: "),
         ("low = 0, high = 64, step = 8", "low = 0.0, high = 64.5", "0.0 is not allowed: input should be a valid int"),
         ('"mlp"', '"cnn"', "line 23: search.space.generator: 'cnn' is not allowed: input should be 'table' or 'mlp'"),
+        ("[0, 4]", "[4, 0]", "line 25: search.space.decoder_layers: '[4, 0]' is not allowed: decoder_layers must"),
+        ("[0, 4]", "4", "line 25: search.space.decoder_layers: 4 is not allowed: input should be a valid array"),
+        ("[0, 4]", "[0, 2]", "line 25: search.space.decoder_layers: a list must hold different values"),
         ("weight_decay = 0.02", "weight_decay = []", "a list must hold different values"),
         ("weight_decay = 0.02", "weight_decay = [0.1, 0.1]", "a list must hold different values"),
-        ('"noise", "text"', '"noise", "words"', "line 25: search.space.begin: a prompt may begin as noise, text"),
-        ('text = " what is it?"', "", "line 25: search.space.begin: write begin.text too"),
+        ('"noise", "text"', '"noise", "words"', "line 26: search.space.begin: a prompt may begin as noise, text"),
+        ('text = " what is it?"', "", "line 26: search.space.begin: write begin.text too"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_named_with_its_line_and_what_is_allowed(before: str, after: str, said: str) -> None:

@@ -23,7 +23,7 @@ from promptmux_server.training.job_config import (
     read_text,
 )
 from promptmux_server.training.recipe import PromptRecipe, StepRecipe
-from promptmux_server.training.search.space import Axis, Space, Value
+from promptmux_server.training.search.space import Axis, Space, Value, as_in_a_section
 
 BEGIN, NOISE = "begin", "noise"
 """The axis of how a prompt begins: as noise, or as `[begin]` says."""
@@ -113,7 +113,8 @@ def trial_config(config: SearchJobConfig, number: int, values: Mapping[str, Valu
 def _changed(section: object, changes: Mapping[str, Value | None]) -> object:
     """A section with other values, checked as if they stood in the file."""
     try:
-        document = json.dumps({**asdict(section), **changes})  # type: ignore[call-overload]
+        new = {field: as_in_a_section(value) for field, value in changes.items()}
+        document = json.dumps({**asdict(section), **new})  # type: ignore[call-overload]
         return TypeAdapter(type(section)).validate_json(document, strict=True)
     except ValidationError as error:
         mistake = error.errors()[0]

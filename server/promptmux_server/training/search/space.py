@@ -5,6 +5,7 @@ Owns how axes are written in a configuration. Whoever draws from them (`study`) 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ from pydantic import PlainValidator
 from promptmux_server.training.config_mistakes import no_such_field
 
 Value = str | int | float | bool
-"""Of one field in one trial."""
+"""Of one field in one trial; layers, which are lists, are the text that stands in the file: "[0, 2]"."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,20 @@ Axis = Range | Choice
 def read_axis(written: Any) -> Axis:
     """An axis from what stands in the file; raises ValueError."""
     if isinstance(written, list):
-        if not written or not all(isinstance(value, Value) for value in written) or len(set(written)) < len(written):
-            raise ValueError("a list must hold different values, each a text, a number, true or false")
-        return Choice(tuple(written))
+        values = [json.dumps(value) if isinstance(value, list) else value for value in written]
+        if not values or not all(isinstance(value, Value) for value in values) or len(set(values)) < len(values):
+            raise ValueError("a list must hold different values, each a text, a number, true, false, or layers [0, 2]")
+        return Choice(tuple(values))
     if isinstance(written, dict):
         return _range(written)
     if isinstance(written, Value):
         return Choice((written,))
     raise ValueError("write a value, a list of values, or { low = ..., high = ..., log = true }")
+
+
+def as_in_a_section(value: Value | None) -> Any:
+    """What stands for a value in the section of its field."""
+    return json.loads(value) if isinstance(value, str) and value.startswith("[") else value
 
 
 def _range(written: Mapping[str, Any]) -> Range:
