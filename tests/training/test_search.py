@@ -73,7 +73,7 @@ def test_trials_in_other_layers_learn_in_one_batch_what_each_learns_alone(tmp_pa
     space: dict[str, Axis] = {"encoder_layers": read_axis([[0, 1], [1, 2], [0, 3]]), "dropout": Choice((0.0,))}
 
     def opened(trials: int) -> Search:
-        return search(tmp_path, space=space, trials=trials, at_once=3, rungs=[], seed=4)
+        return search(tmp_path, space=space, trials=trials, at_once=3, rungs=[], seed=4, steps=3)
 
     run(opened(3))
     searched = opened(5)  # goes on with the journal
