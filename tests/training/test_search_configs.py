@@ -92,6 +92,7 @@ def test_a_trial_is_a_job_with_its_values_and_the_files_elsewhere() -> None:
         ("low = 0, high = 64, step = 8", "low = 0.0, high = 64.5", "0.0 is not allowed: input should be a valid int"),
         ('"mlp"', '"cnn"', "line 23: search.space.generator: 'cnn' is not allowed: input should be 'table' or 'mlp'"),
         ("[0, 4]", "[4, 0]", "line 25: search.space.decoder_layers: '[4, 0]' is not allowed: decoder_layers must"),
+        ("[0, 4]", "'[oops'", "line 25: search.space.decoder_layers: '[oops' is not allowed: input should be a valid"),
         ("[0, 4]", "4", "line 25: search.space.decoder_layers: 4 is not allowed: input should be a valid array"),
         ("[0, 4]", "[0, 2]", "line 25: search.space.decoder_layers: a list must hold different values"),
         ("weight_decay = 0.02", "weight_decay = []", "a list must hold different values"),

@@ -58,8 +58,8 @@ def initial_table(length: int, width: int, seed: int, rows: Tensor | None = None
     """A table (length, width): `rows` (n, width), thinned if they are too many, and noise where they say nothing."""
     table = torch.randn(length, width, generator=torch.Generator().manual_seed(seed)) * NOISE
     if rows is not None:
-        fitting = thinned(rows, length)
-        table[: len(fitting)] = torch.where(fitting.isnan(), table[: len(fitting)], fitting.to(table))
+        fitting = thinned(rows, length).to(table)
+        table[: len(fitting)] = torch.where(fitting.isnan(), table[: len(fitting)], fitting)
     return table
 
 

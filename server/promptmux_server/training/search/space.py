@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
@@ -68,7 +69,10 @@ def read_axis(written: Any) -> Axis:
 
 def as_in_a_section(value: Value | None) -> Any:
     """What stands for a value in the section of its field."""
-    return json.loads(value) if isinstance(value, str) and value.startswith("[") else value
+    if isinstance(value, str) and value.startswith("["):
+        with suppress(json.JSONDecodeError):  # a text that only looks like a list is for the section to refuse
+            return json.loads(value)
+    return value
 
 
 def _range(written: Mapping[str, Any]) -> Range:
