@@ -261,10 +261,15 @@ def test_metrics_count_items_and_keep_labels_bounded(client: httpx2.Client, appl
 def test_every_error_class_is_rendered_with_its_own_code_and_status() -> None:
     classes = [c for c in vars(error_tree).values() if isinstance(c, type) and issubclass(c, PromptmuxError)]
     assert len(classes) > 20
-    of_its_own = {"BackboneKeysError": ("message",), "TrainingDiverged": ("run", 1, "loss")}
+    of_its_own: dict[str, tuple[object, ...]] = {
+        "BackboneKeysError": ("message",),
+        "TrainingDiverged": ("run", 1, "loss"),
+        "PeerLost": (),
+        "ExtraMissing": ("train", "optuna"),
+    }
     for cls in classes:
         own = of_its_own.get(cls.__name__)
-        error = cls(*own) if own else cls("message", retry_after_s=7)
+        error = cls("message", retry_after_s=7) if own is None else cls(*own)
         response = error_response(error, "id")
         body = json.loads(response.body)
         assert (response.status_code, body["error"]["code"]) == (cls.status, cls.code)

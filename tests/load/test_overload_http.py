@@ -263,5 +263,5 @@ def test_without_a_bound_goodput_collapses(
     options, settings = limits(ENDLESS)
     with served(tmp_path, tiny.prompt("a", decoding=GREEDY), options=options, settings=settings) as server:
         run = overload(server, 4.0, counted, 1)
-    assert run.goodput < 0.5, run.goodput
+    assert run.goodput < 0.7, run.goodput
     assert run.deepest > CAP
