@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 SOURCES := kernels/promptmux_kernels prompts/promptmux_prompts server/promptmux_server clients/python/promptmux
 CLAIMS := benchmarks/mixing.py benchmarks/cold_tasks.py benchmarks/fanout.py benchmarks/continuous.py benchmarks/deterministic.py benchmarks/overload.py benchmarks/http_overhead.py benchmarks/registry_scale.py
-.PHONY: install format lint types test bench demo serve soak art scenes pretrain library
+.PHONY: install format lint types test bench demo serve soak pocket art scenes pretrain task-files library
 
 install: .venv/installed
 .venv/installed: pyproject.toml clients/python/pyproject.toml constraints.txt
@@ -39,17 +39,25 @@ serve: install
 soak: install
 	$(BIN)/python -m pytest -n 2 -m soak
 
-# How the embedded backbone is made, in this order; only `art` needs npm.
+# How the embedded backbone and its prompts are made, in this order; only `art` needs npm. Hours, resumable (docs/pocket.md).
+pocket: install art scenes pretrain task-files library
+
 art:
 	mkdir -p var/art && cd var/art && npm pack --silent @lobehub/fluent-emoji-3d@1.1.0 && tar xzf *fluent-emoji-3d*.tgz --strip-components=1
 
 scenes: install
-	$(BIN)/python -m promptmux_server.pocket.dataset --split train --shards 60 --out var/pocket/train
-	$(BIN)/python -m promptmux_server.pocket.dataset --split heldout --shards 2 --out var/pocket/heldout
+	$(BIN)/python -m promptmux_server.pocket.dataset --split train --shards 40 --out var/pocket/train
+	$(BIN)/python -m promptmux_server.pocket.dataset --split heldout --shards 4 --out var/pocket/heldout
 
 pretrain: install
-	$(BIN)/python -m promptmux_server.pocket.vocabulary && $(BIN)/python -m promptmux_server.pocket.stem
+	$(BIN)/python -m promptmux_server.pocket.vocabulary
+	test -e var/pocket/stem.safetensors || $(BIN)/python -m promptmux_server.pocket.stem
 	$(BIN)/python -m promptmux_server.pocket.pretrain && $(BIN)/python -m promptmux_server.pocket.export
 
+task-files: install
+	$(BIN)/python -m pip install -q -c constraints.txt easy-vqa
+	$(BIN)/python -m promptmux_server.pocket.easy_vqa && $(BIN)/python -m promptmux_server.pocket.task_files
+
 library: install
-	$(BIN)/python -m promptmux_server.pocket.library
+	ls prompts/recipes/*.toml | xargs -P 2 -n 1 $(BIN)/promptmux train
+	$(BIN)/python -m promptmux_server.pocket.shipping

@@ -1,6 +1,6 @@
-"""How often `pocket` answers in bfloat16 what it answers in float32: four tasks, 500 held-out pictures each.
+"""How often `pocket` answers in bfloat16 what it answers in float32: every shipped task, 500 held-out lines each.
 
-    make art scenes && python benchmarks/pocket_bfloat16.py
+    make art scenes task-files && python benchmarks/pocket_bfloat16.py
 
 Target: 99 % of the answers of a generated text, a label or a closed set. Boxes are compared by overlap as well: a
 coordinate one bin away is another token.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -21,23 +22,22 @@ from promptmux_server.engine.offline import engine_over
 from promptmux_server.engine.request import Answer, Output
 from promptmux_server.errors import NoBoxFound
 from promptmux_server.pocket import LIBRARY, WEIGHTS
-from promptmux_server.pocket.dataset import SceneDataset
-from promptmux_server.pocket.samples import TASKS, TaskName
-from promptmux_server.pocket.scores import WAITING, intersection_over_union, task_item
+from promptmux_server.pocket.recipes import SHIPPED
+from promptmux_server.pocket.scores import WAITING, Line, held_out
 from promptmux_server.tasks import BoxOutput, LabelOutput
+from promptmux_server.training.metrics import intersection_over_union
 
 
-def answers(dtype: torch.dtype, data: SceneDataset, count: int) -> dict[TaskName, list[Output | None]]:
-    """Every task's answers about the first pictures, computed in one element type; None where no box was found."""
+def answers(dtype: torch.dtype, asked: Mapping[str, Sequence[Line]]) -> dict[str, list[Output | None]]:
+    """Every task's answers to its lines, computed in one element type; None where no box was found."""
     backbone = load_backbone(WEIGHTS)
     model = assemble(backbone, dtype=dtype, packed=True)
-    found: dict[TaskName, list[Output | None]] = {}
+    found: dict[str, list[Output | None]] = {}
     with engine_over(LIBRARY, model, backbone.tokenizer(), backbone.fingerprint) as engine:
-        for task in TASKS:
+        for task, lines in asked.items():
             found[task] = []
-            for start in range(0, count, WAITING):
-                items = [task_item(task, data, index) for index in range(start, min(start + WAITING, count))]
-                futures = [engine.submit(item.request) for item in items]
+            for start in range(0, len(lines), WAITING):
+                futures = [engine.submit(line.request(task)) for line in lines[start : start + WAITING]]
                 found[task] += [output(future) for future in futures]
     return found
 
@@ -49,9 +49,9 @@ def output(future: Future[Answer]) -> Output | None:
         return None
 
 
-def agreement(task: TaskName, exact: list[Output | None], rounded: list[Output | None]) -> dict[str, object]:
+def agreement(task: str, exact: list[Output | None], rounded: list[Output | None]) -> dict[str, object]:
     pairs = list(zip(exact, rounded, strict=True))
-    line: dict[str, object] = {"task": task, "pictures": len(pairs)}
+    line: dict[str, object] = {"task": task, "lines": len(pairs)}
     line["equal"] = round(sum(said(a) == said(b) for a, b in pairs) / len(pairs), 4)
     overlaps = [
         intersection_over_union(a.box, b.box) for a, b in pairs if isinstance(a, BoxOutput) and isinstance(b, BoxOutput)
@@ -68,12 +68,15 @@ def said(output: Output | None) -> object:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--heldout", type=Path, default=Path("var/pocket/heldout"))
-    parser.add_argument("--pictures", type=int, default=500)
+    parser.add_argument("--lines", type=Path, default=Path("var/pocket/tasks"))
+    parser.add_argument("--most", type=int, default=500)
     arguments = parser.parse_args()
-    data = SceneDataset(arguments.heldout)
-    exact, rounded = (answers(dtype, data, arguments.pictures) for dtype in (torch.float32, torch.bfloat16))
-    for task in TASKS:
+    asked = {
+        name: held_out(arguments.lines / f"{name}.heldout.jsonl", task.kind)[: arguments.most]
+        for name, task in SHIPPED.items()
+    }
+    exact, rounded = (answers(dtype, asked) for dtype in (torch.float32, torch.bfloat16))
+    for task in asked:
         print(json.dumps(agreement(task, exact[task], rounded[task])))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import cast
 
@@ -11,15 +12,32 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from promptmux_server.backbone.tokenizer import Tokenizer
+from promptmux_server.backbone.tokenizer import Tokenizer, train_tokenizer
 from promptmux_server.backbone.vision import VisionStem
 from promptmux_server.backbone.weights import load_backbone
 from promptmux_server.pocket import WEIGHTS
+from promptmux_server.pocket.colours import TINTS
 from promptmux_server.pocket.dataset import Pixels, SceneDataset
+from promptmux_server.pocket.losses import place_targets
 from promptmux_server.pocket.pretrain import Pretraining, run
 from promptmux_server.pocket.recipe import NUM_BINS, Recipe, pocket_config
 from promptmux_server.pocket.scenes import Scene, SceneObject
-from promptmux_server.pocket.stem import ANSWERS, EDGE_BINS, GRID, WORDS, edge_targets, patch_truth
+from promptmux_server.pocket.stem import (
+    ANSWERS,
+    EDGE_BINS,
+    GRID,
+    UNTINTED,
+    WORDS,
+    edge_targets,
+    lesson_losses,
+    lesson_measures,
+    new_stem,
+    patch_truth,
+    train_stem,
+)
+from promptmux_server.pocket.vocabulary import carried_over
+
+STEM = "encoder.embed_images"
 
 DOG = SceneObject("dog", (20.0, 40.0, 60.0, 90.0))
 CAT = SceneObject("cat", (50.0, 80.0, 100.0, 120.0))
@@ -37,6 +55,21 @@ def test_edges_are_those_of_the_thing_or_of_the_patch_itself() -> None:
     edges = patch_truth(Scene(0, "blue", (DOG,))).edges.view(GRID, GRID, 4)
     assert edges[3, 2].tolist() == list(DOG.box)
     assert edges[0, 1].tolist() == [16.0, 0.0, 32.0, 16.0]
+
+
+def test_a_patch_of_a_plain_shape_has_its_tint() -> None:
+    heart = SceneObject("heart", (16.0, 16.0, 48.0, 48.0), "teal")
+    tint = patch_truth(Scene(0, "blue", (DOG, heart))).tint.view(GRID, GRID)
+    assert list(TINTS)[int(tint[1, 1])] == "teal"
+    assert tint[4, 2] == tint[0, 0] == UNTINTED
+
+
+def test_a_lesson_without_shapes_costs_nothing_for_tints() -> None:
+    answers = torch.zeros(1, GRID * GRID, ANSWERS)
+    losses = lesson_losses(answers, [patch_truth(Scene(0, "blue", (DOG,)))])
+    assert losses["tint"] == 0.0
+    assert float(losses["word"]) == pytest.approx(math.log(len(WORDS)))
+    assert lesson_measures(answers, [patch_truth(Scene(0, "blue", (DOG,)))])["kinds"] in (0.0, 1.0)
 
 
 def test_every_thing_has_one_centre() -> None:
@@ -64,9 +97,9 @@ class TwoScenes:
 SCENES = cast(SceneDataset, TwoScenes())
 
 
-def pretraining(begin: Path, folder: Path) -> Pretraining:
+def pretraining(lesson: Path, folder: Path, begin: Path | None = None) -> Pretraining:
     recipe = Recipe(steps=4, images=2, texts=3, warmup_steps=1)
-    return Pretraining(recipe, Tokenizer.load(WEIGHTS, num_codes=0, num_bins=NUM_BINS), begin, folder)
+    return Pretraining(recipe, Tokenizer.load(WEIGHTS, num_codes=0, num_bins=NUM_BINS), lesson, begin, folder)
 
 
 @pytest.fixture
@@ -92,17 +125,65 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(lesson: Path, 
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_a_run_may_go_on_from_a_backbone_directory(tmp_path: Path) -> None:
-    begun = pretraining(WEIGHTS, tmp_path).model.state_dict()
-    shipped = load_backbone(WEIGHTS).tensors
-    assert all(torch.equal(begun[name], tensor.float()) for name, tensor in shipped.items())
+def test_a_run_may_go_on_from_a_backbone_directory_with_the_lessons_stem(lesson: Path, tmp_path: Path) -> None:
+    begun = pretraining(lesson, tmp_path, WEIGHTS).model.state_dict()
+    shipped, taught = load_backbone(WEIGHTS).tensors, load_file(lesson)
+    names = "encoder.embed_tokens.weight"
+    for name, tensor in shipped.items():
+        if name != names and "image_proj" not in name:
+            assert torch.equal(begun[name], taught.get(name.removeprefix(f"{STEM}."), tensor).float()), name
+    dog = Tokenizer.load(WEIGHTS, num_codes=0, num_bins=NUM_BINS).encode(" dog")[0]
+    assert torch.equal(begun[names][dog], shipped[names][dog].float())
+    assert torch.equal(begun[names][-NUM_BINS:], shipped[names][-NUM_BINS:].float())
+
+
+@torch.no_grad()
+def test_a_backbone_that_is_gone_on_from_hears_half_as_loud_what_the_lesson_reads(lesson: Path, tmp_path: Path) -> None:
+    said = pretraining(lesson, tmp_path, WEIGHTS).model.encoder.image_proj.weight
+    before = load_backbone(WEIGHTS).tensors["encoder.image_proj.weight"].float()
+    assert float((said - before).norm() / before.norm()) == pytest.approx(0.5, abs=1e-3)
+
+
+def test_a_stem_may_be_read_without_being_changed(tmp_path: Path) -> None:
+    stem, head = new_stem(WEIGHTS)
+    before = {name: tensor.clone() for name, tensor in stem.state_dict().items()}
+    untaught = head.weight.detach().clone()
+    train_stem(stem.requires_grad_(False), head, SCENES, 1, tmp_path / "log.jsonl")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in stem.state_dict().items())
+    assert not torch.equal(head.weight, untaught)
+    assert torch.equal(before["conv1.weight"], load_backbone(WEIGHTS).tensors[f"{STEM}.conv1.weight"].float())
+
+
+def test_a_new_vocabularys_words_begin_as_the_mean_of_their_old_pieces() -> None:
+    old = Tokenizer.load(WEIGHTS, num_codes=0, num_bins=NUM_BINS)
+    new = train_tokenizer([" zzyzx dog"] * 9, 300, num_bins=NUM_BINS)
+    rows = torch.randn(old.first_bin_id + NUM_BINS, 4)
+    carried = carried_over(rows, old, new)
+    assert len(carried) == new.first_bin_id + NUM_BINS
+    torch.testing.assert_close(carried[new.first_bin_id :], rows[old.first_bin_id :])
+    (word,) = new.encode(" zzyzx")
+    torch.testing.assert_close(carried[word], rows[torch.tensor(old.encode(" zzyzx"))].mean(0))
+
+
+def test_a_place_is_taught_as_a_bell_over_its_neighbours() -> None:
+    bells = place_targets(torch.tensor([0, 60]), NUM_BINS)
+    torch.testing.assert_close(bells.sum(1), torch.ones(2))
+    assert bells.argmax(1).tolist() == [0, 60]
+    assert bells[1, 61] == bells[1, 59] > bells[1, 58]
+
+
+def test_texts_leave_the_stem_as_it_was_taught(lesson: Path, tmp_path: Path) -> None:
+    training = pretraining(lesson, tmp_path)
+    training.train_step(SCENES)
+    taught, now = load_file(lesson), training.model.state_dict()
+    assert all(torch.equal(now[f"{STEM}.{n}"], t) for n, t in taught.items() if not n.startswith("head."))
 
 
 @torch.no_grad()
 def test_a_patch_begins_close_to_the_word_that_the_lesson_gave_it(lesson: Path, tmp_path: Path) -> None:
     training = pretraining(lesson, tmp_path)
-    encoder, head = training.model.encoder, training.head
-    feature = head.weight[WORDS.index("dog")].detach()
+    encoder = training.model.encoder
+    feature = load_file(lesson)["head.weight"][WORDS.index("dog")]
     patch = encoder.image_proj(feature) - encoder.image_proj.bias
     names = {word: encoder.embed_tokens.weight[training.tokenizer.encode(f" {word}")[0]] for word in ("dog", "cat")}
     likeness = {word: float(torch.cosine_similarity(patch, name, dim=0)) for word, name in names.items()}

@@ -1,4 +1,4 @@
-"""The object art that scenes are composed of: kinds of things, their names, their sprites.
+"""The things that scenes are composed of: kinds, their names, the sprites of those that are not plain shapes.
 
 Owns the list of kinds (names after the CLDR short names, shortened where plain English has a shorter word) and reads
 the sprites fetched by `make art`. Knows nothing of scenes.
@@ -12,7 +12,9 @@ from typing import Protocol
 
 from PIL import Image
 
-_KINDS = {
+from promptmux_server.pocket.shapes import SHAPES
+
+_ART = {
     "animal": {
         "dog": "1f436", "cat": "1f431", "horse": "1f434", "cow": "1f404", "pig": "1f416", "sheep": "1f411",
         "rooster": "1f413", "penguin": "1f427", "duck": "1f986", "owl": "1f989", "frog": "1f438", "turtle": "1f422",
@@ -45,7 +47,7 @@ _KINDS = {
     },
 }  # fmt: skip
 
-CATEGORIES = tuple(_KINDS)
+CATEGORIES = (*_ART, "shape")
 
 HELD_OUT = frozenset(
     [
@@ -71,16 +73,16 @@ HELD_OUT = frozenset(
 
 _PLURALS = {"sheep": "sheep", "octopus": "octopuses", "bus": "buses", "watch": "watches", "mushroom": "mushrooms"}
 _PLURALS |= {"butterfly": "butterflies", "strawberry": "strawberries", "cactus": "cactuses", "trophy": "trophies"}
-_PLURALS |= {"fox": "foxes", "cheese": "cheeses"}
+_PLURALS |= {"fox": "foxes", "cheese": "cheeses", "cross": "crosses"}
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of thing; `code` is the code point that its sprite file is named after."""
+    """A kind of thing; `code` is the code point that its sprite file is named after, None for a shape."""
 
     name: str
     category: str
-    code: str
+    code: str | None
 
     @property
     def plural(self) -> str:
@@ -92,16 +94,18 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {
-    name: Kind(name, category, code) for category, codes in _KINDS.items() for name, code in codes.items()
-}
-TRAINING_KINDS: tuple[str, ...] = tuple(name for name in KINDS if name not in HELD_OUT)
+    name: Kind(name, category, code) for category, codes in _ART.items() for name, code in codes.items()
+} | {name: Kind(name, "shape", None) for name in SHAPES}
+ART_KINDS: tuple[str, ...] = tuple(name for name, kind in KINDS.items() if kind.code and name not in HELD_OUT)
+"""Those of the art that training scenes may show."""
+TRAINING_KINDS: tuple[str, ...] = (*ART_KINDS, *SHAPES)
 
 
 class Art(Protocol):
     """Where sprites come from: RGBA pictures, cropped to what is visible."""
 
     def sprite(self, kind: str) -> Image.Image:
-        """The sprite of a kind; raises KeyError for a name that is not in KINDS."""
+        """The sprite of a kind; raises KeyError for a name that is not one of the art."""
 
 
 class FluentArt:

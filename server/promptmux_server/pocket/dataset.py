@@ -24,13 +24,15 @@ SHARD = 1000
 Pixels = npt.NDArray[np.uint8]
 
 
-def render_shard(folder: Path, shard: int, split: Split, art_folder: Path, novel: bool) -> None:
+def render_shard(
+    folder: Path, shard: int, split: Split, art_folder: Path, *, novel: bool = False, shapes: float = 0.0
+) -> None:
     """Render scenes [shard * SHARD, (shard + 1) * SHARD) unless the shard is there already."""
     target = folder / f"{shard:04d}"
     if target.with_suffix(".npy").exists():
         return
     art = FluentArt(art_folder)
-    made = [compose(shard * SHARD + i, split, art, novel=novel) for i in range(SHARD)]
+    made = [compose(shard * SHARD + i, split, art, novel=novel, shapes=shapes) for i in range(SHARD)]
     target.with_suffix(".jsonl").write_text("".join(json.dumps(asdict(scene)) + "\n" for scene, _ in made))
     unfinished = folder / f"{shard:04d}.part.npy"
     np.save(unfinished, np.stack([np.asarray(picture) for _, picture in made]))
@@ -60,7 +62,7 @@ def _read_scenes(path: Path) -> list[Scene]:
     scenes = []
     for line in path.read_text().splitlines():
         raw = json.loads(line)
-        objects = tuple(SceneObject(o["kind"], tuple(o["box"])) for o in raw["objects"])
+        objects = tuple(SceneObject(o["kind"], tuple(o["box"]), o["tint"]) for o in raw["objects"])
         scenes.append(Scene(raw["seed"], raw["background"], objects))
     return scenes
 
@@ -70,6 +72,7 @@ def main() -> None:
     parser.add_argument("--split", choices=get_args(Split), required=True)
     parser.add_argument("--shards", type=int, required=True, help=f"how many times {SHARD} scenes")
     parser.add_argument("--novel", action="store_true", help="use the held-out kinds only")
+    parser.add_argument("--shapes", type=float, default=0.0, help="share of plain shapes among the things")
     parser.add_argument("--art", type=Path, default=Path("var/art/assets"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=2)
@@ -77,7 +80,15 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(arguments.workers) as pool:
         jobs = [
-            pool.submit(render_shard, arguments.out, shard, arguments.split, arguments.art, arguments.novel)
+            pool.submit(
+                render_shard,
+                arguments.out,
+                shard,
+                arguments.split,
+                arguments.art,
+                novel=arguments.novel,
+                shapes=arguments.shapes,
+            )
             for shard in range(arguments.shards)
         ]
         for job in jobs:

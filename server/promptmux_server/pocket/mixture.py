@@ -39,7 +39,7 @@ def training_examples(
     config: BackboneConfig,
     rng: random.Random,
     *,
-    described: bool = True,
+    described: bool,
 ) -> list[Example]:
     """`count` pretraining examples about one scene, which is picture number `image` of its batch."""
     return [

@@ -17,56 +17,52 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from promptmux_server.backbone.assemble import serving_dtype
-from promptmux_server.backbone.encoder import ImageTokens
 from promptmux_server.backbone.model import OFA
 from promptmux_server.backbone.tokenizer import Tokenizer
 from promptmux_server.backbone.vision import channels_last
-from promptmux_server.backbone.weights import load_backbone
-from promptmux_server.pocket.art import KINDS
+from promptmux_server.backbone.weights import LoadedBackbone, load_backbone
+from promptmux_server.pocket.colours import TINTS
 from promptmux_server.pocket.dataset import SceneDataset
+from promptmux_server.pocket.losses import text_loss
 from promptmux_server.pocket.mixture import to_pixels, training_examples
 from promptmux_server.pocket.recipe import NUM_BINS, Recipe, initialise, pocket_config
-from promptmux_server.pocket.stem import ANSWERS, GRID, WORDS, lesson_losses, patch_truth
-from promptmux_server.training.forward import Example, supervised_logits
-from promptmux_server.training.loss import Loss, label_smoothed_loss
+from promptmux_server.pocket.stem import (
+    ANSWERS,
+    EDGE_ANSWERS,
+    EDGE_BINS,
+    GRID,
+    TINT_ANSWERS,
+    WORD_ANSWERS,
+    WORDS,
+)
+from promptmux_server.pocket.vocabulary import carried_over
+from promptmux_server.training.loss import Loss
 
 CHECKPOINT_EVERY = 250
 LOG_EVERY = 25
 
 
-def text_loss(model: OFA, images: list[ImageTokens], examples: list[Example], smoothing: float) -> Loss:
-    """Loss of a batch's texts.
-
-    A token of a target with n tokens weighs n ** -0.5: unweighted, lists of boxes drown the answers of one word, which
-    were then a twentieth of all tokens and the last to be learnt.
-    """
-    logits, targets = supervised_logits(model, examples, images)
-    lengths = torch.tensor([len(example.target) + 1 for example in examples], device=logits.device)
-    weights = lengths.float().rsqrt().repeat_interleave(lengths)  # (T,)
-    return label_smoothed_loss(logits, targets, smoothing=smoothing, confidence=weights)
-
-
 class Pretraining:
     """Model, optimiser and position of a run; everything that a checkpoint holds.
 
-    It begins from a backbone directory, or from the file that the stem's first lesson leaves.
+    It begins with the stem that the stem's lesson leaves in a file, and with all else of a backbone directory, or new.
+    The stem stays as it was taught: texts pull it away from what it knows faster than they teach it (docs/log.md).
     """
 
-    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, begin: Path, folder: Path) -> None:
+    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, lesson: Path, begin: Path | None, folder: Path) -> None:
         self.recipe, self.tokenizer, self.folder = recipe, tokenizer, folder
         self.step = 0
         self.config = pocket_config(tokenizer.text_vocab_size)
         torch.manual_seed(recipe.seed)
         self.model = OFA(self.config, folded=False)
-        self.head = nn.Linear(self.config.image_feature_dim, ANSWERS)
         initialise(self.model)
-        if begin.is_dir():
-            self.model.load_state_dict({n: t.float() for n, t in load_backbone(begin).tensors.items()})
-        else:
-            self._begin_from(load_file(begin))
+        if begin is not None:
+            self._go_on_from(load_backbone(begin))
+        self._let_patches_say(self._take_over(load_file(lesson)), new=begin is None)
         self.model.train()
-        channels_last(self.model.encoder.embed_images)
-        trained = [*self.model.parameters(), *self.head.parameters()]
+        stem = self.model.encoder.embed_images.eval().requires_grad_(False)
+        channels_last(stem)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay},
@@ -76,35 +72,52 @@ class Pretraining:
             betas=(0.9, 0.98),
         )
 
-    def _begin_from(self, lesson: dict[str, torch.Tensor]) -> None:
-        """Take the stem's first lesson over: its weights, and its head as the way from features to words.
+    def _go_on_from(self, backbone: LoadedBackbone) -> None:
+        """Take a backbone over, its words carried to this run's vocabulary."""
+        tensors = {name: tensor.float() for name, tensor in backbone.tensors.items()}
+        rows = tensors["encoder.embed_tokens.weight"]
+        tensors["encoder.embed_tokens.weight"] = carried_over(rows, backbone.tokenizer(), self.tokenizer)
+        self.model.load_state_dict(tensors)
 
-        The head scores words; each word's score then weighs its embedding. A patch so enters the encoder close to the
-        word for what it shows, and naming it is copying.
-        """
-        self.head.load_state_dict({name: lesson.pop(f"head.{name}") for name in ("weight", "bias")})
-        encoder = self.model.encoder
-        encoder.embed_images.load_state_dict(lesson)
-        names = torch.stack([encoder.embed_tokens.weight[self._token(word)].detach() for word in WORDS])  # (words, d)
-        scores, offset = (p.detach()[: len(WORDS)] for p in (self.head.weight, self.head.bias))
-        encoder.image_proj.weight.data = names.T @ (scores - scores.mean(0))
-        encoder.image_proj.bias.data = names.T @ (offset - offset.mean())
+    def _take_over(self, lesson: dict[str, torch.Tensor]) -> nn.Linear:
+        """The stem of a lesson, and the head that reads the lesson's answers from it."""
+        head = nn.Linear(self.config.image_feature_dim, ANSWERS)
+        head.load_state_dict({name: lesson.pop(f"head.{name}") for name in ("weight", "bias")})
+        self.model.encoder.embed_images.load_state_dict(lesson)
+        return head
 
     @torch.no_grad()
-    def name_colours(self, features: torch.Tensor) -> None:
-        """Let patches of background enter the encoder close to the word for their colour (features (B, N, C)).
+    def _let_patches_say(self, head: nn.Linear, *, new: bool) -> None:
+        """Let patches enter the encoder close to the words and places that the lesson's head reads from them.
 
-        A transformer that was trained on a stem blind to colours goes on ignoring them: 500 steps after the stem could
-        name 97 % of the background's patches, the answer to every question about it was still the same word. What is
-        added is half as loud as what the projection says already.
+        Naming what is there is then copying. A backbone that is not new hears it half as loud as what its patches said
+        before: trained behind a stem that was blind to something, it would go on ignoring it (docs/log.md).
         """
-        projection, colours = self.model.encoder.image_proj, slice(len(KINDS), len(WORDS))
-        names = torch.stack([self.model.encoder.embed_tokens.weight[self._token(word)] for word in WORDS[colours]])
-        names = names - names.mean(0)
-        reading = names.T @ self.head.weight[colours]  # (d, C)
-        loudness = 0.5 * projection(features).std() / (features @ reading.T).std()
+        projection, voice = self.model.encoder.image_proj, self._voice()
+        reading, offset = voice @ head.weight, voice @ head.bias  # (d, C), (d,)
+        if new:
+            projection.weight.zero_()
+            projection.bias.zero_()
+        loudness = 1.0 if new else float(0.5 * projection.weight.norm() / reading.norm())
         projection.weight.add_(loudness * reading)
-        projection.bias.add_(loudness * names.T @ self.head.bias[colours])
+        projection.bias.add_(loudness * offset)
+
+    @torch.no_grad()
+    def _voice(self) -> torch.Tensor:
+        """Directions (d, ANSWERS) in which the lesson's answers are said: words and tints as their embeddings, less
+        their means, and each edge as waves over its bins, so that near bins sound alike."""
+        embeddings = self.model.encoder.embed_tokens.weight
+        voice = torch.zeros(self.config.d_model, ANSWERS)
+        for names, answers in ((WORDS, WORD_ANSWERS), (tuple(TINTS), TINT_ANSWERS)):
+            said = torch.stack([embeddings[self._token(name)] for name in names], 1)
+            voice[:, answers] = said - said.mean(1, keepdim=True)
+        bins = torch.arange(EDGE_BINS) / EDGE_BINS
+        waves = torch.cat([wave(torch.pi * k * bins)[None] for k in (1, 2, 4) for wave in (torch.cos, torch.sin)])
+        mixing = torch.randn(4, self.config.d_model, len(waves), generator=torch.Generator().manual_seed(0))
+        places = torch.cat([side @ waves for side in mixing], 1)  # (d, 4 * EDGE_BINS)
+        places = places - places.mean(1, keepdim=True)
+        voice[:, EDGE_ANSWERS] = places * (voice[:, WORD_ANSWERS].std() / places.std())
+        return voice
 
     def _token(self, word: str) -> int:
         """The token that a word begins with."""
@@ -116,7 +129,6 @@ class Pretraining:
             return
         tensors = load_file(self.folder / "checkpoint.safetensors")
         self.model.load_state_dict(_under("model/", tensors))
-        self.head.load_state_dict(_under("head/", tensors))
         state = self.optimizer.state_dict()
         for name, value in tensors.items():
             if name.startswith("optimizer/"):
@@ -128,7 +140,6 @@ class Pretraining:
     def save(self) -> None:
         """Write the checkpoint beside the old one and rename, so that a kill never leaves half of it."""
         tensors = {f"model/{k}": v.contiguous() for k, v in self.model.state_dict().items()}
-        tensors |= {f"head/{k}": v for k, v in self.head.state_dict().items()}
         for index, entries in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{index}/{key}": value.contiguous() for key, value in entries.items()}
         temporary = self.folder / "checkpoint.tmp"
@@ -153,14 +164,11 @@ class Pretraining:
             group["lr"] = self.recipe.rate(self.step)
         encoder = self.model.encoder
         with torch.autocast("cpu", torch.bfloat16, enabled=serving_dtype("cpu") is torch.bfloat16):
-            features = encoder.embed_images(pixels.contiguous(memory_format=torch.channels_last))
-            features = features.flatten(2).transpose(1, 2)  # (B, N, C)
-            if self.step == self.recipe.colours_step:
-                self.name_colours(features.detach().float())
-            loss = text_loss(self.model, encoder.project(features, (GRID, GRID)), examples, self.recipe.smoothing)
-            answers = self.head(features).float()
-        lesson = sum(lesson_losses(answers, [patch_truth(scene) for _, scene in chosen]), start=torch.zeros(()))
-        (loss.mean + self.recipe.lesson_weight * lesson).backward()
+            with torch.no_grad():
+                features = encoder.embed_images(pixels.contiguous(memory_format=torch.channels_last))
+            images = encoder.project(features.flatten(2).transpose(1, 2), (GRID, GRID))
+            loss = text_loss(self.model, images, examples)
+        loss.mean.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -197,18 +205,20 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("var/pocket/train"))
     parser.add_argument("--tokenizer", type=Path, default=Path("var/pocket/tokenizer"))
     parser.add_argument(
-        "--begin",
-        type=Path,
-        default=Path("var/pocket/stem.safetensors"),
-        help="the stem's first lesson, or a backbone directory to go on from (give its tokenizer, too)",
+        "--lesson", type=Path, default=Path("var/pocket/stem.safetensors"), help="what the stem's lesson left"
     )
+    parser.add_argument("--begin", type=Path, help="a backbone directory to go on from, all but its stem")
     parser.add_argument("--out", type=Path, default=Path("var/pocket/run"))
     parser.add_argument("--steps", type=int, default=Recipe().steps)
+    parser.add_argument("--learning-rate", type=float, default=Recipe().learning_rate)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     # float32 products through oneDNN: MKL is 15 % slower on CPUs that are not Intel's.
     torch.set_float32_matmul_precision("medium")
+    torch.set_num_threads(arguments.threads)
     tokenizer = Tokenizer.load(arguments.tokenizer, num_codes=0, num_bins=NUM_BINS)
-    training = Pretraining(Recipe(steps=arguments.steps), tokenizer, arguments.begin, arguments.out)
+    recipe = Recipe(steps=arguments.steps, learning_rate=arguments.learning_rate)
+    training = Pretraining(recipe, tokenizer, arguments.lesson, arguments.begin, arguments.out)
     run(training, SceneDataset(arguments.data))
 
 

@@ -6,24 +6,16 @@ Also owns the relations between things that questions, statements and expression
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Mapping
 
-from promptmux_server.pocket.art import CATEGORIES, KINDS, TRAINING_KINDS
+from promptmux_server.pocket.art import ART_KINDS, CATEGORIES, KINDS, TRAINING_KINDS
+from promptmux_server.pocket.colours import TINTS
 from promptmux_server.pocket.scenes import Scene, SceneObject
 
 NUMBERS = ("zero", "one", "two", "three", "four")
 
 CLEAR_PX = 12.0
 """Centres at least this far apart stand left, right, above or below one another without doubt."""
-
-
-def question_about(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
-    """(question, answer word, answer sentence); only questions with one right answer are asked."""
-    makers = [_ask_count, _ask_presence, _ask_presence, _ask_background, _ask_side, _ask_relation, _ask_neighbour]
-    makers += [_ask_category, _ask_total]
-    while True:
-        asked = rng.choice(makers)(scene, rng)
-        if asked is not None:
-            return asked
 
 
 _Asked = tuple[str, str, str] | None
@@ -61,6 +53,33 @@ def _ask_category(scene: Scene, rng: random.Random) -> _Asked:
         return None
     kind = kinds.pop()
     return f"what {category} is there?", kind, f"the {category} is {KINDS[kind].with_article}"
+
+
+def _ask_tint(scene: Scene, rng: random.Random) -> _Asked:
+    shapes = [o for o in unique_things(scene) if o.tint]
+    if not shapes:
+        return None
+    shape = rng.choice(shapes)
+    return f"what color is the {shape.kind}?", str(shape.tint), f"the {shape.kind} is {shape.tint}"
+
+
+def _ask_tinted(scene: Scene, rng: random.Random) -> _Asked:
+    """Whether there is a shape, or any thing of one colour, of a colour: as often as not, and about what is there."""
+    shapes = [o for o in scene.objects if o.tint]
+    if not shapes:
+        return None
+    shape = rng.choice(shapes)
+    tint = str(shape.tint) if rng.random() < 0.5 else rng.choice(list(TINTS))
+    kind = shape.kind if rng.random() < 0.6 else "shape"
+    truth = any(o.tint == tint and kind in (o.kind, "shape") for o in shapes)
+    thing = f"{_article(tint)} {tint} {kind}"
+    return f"is there {thing}?", *(
+        ("yes", f"yes, there is {thing}") if truth else ("no", f"no, there is no {tint} {kind}")
+    )
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
 
 
 SIDES = {"left": (0, -1), "right": (0, 1), "top": (1, -1), "bottom": (1, 1)}
@@ -124,6 +143,43 @@ def _ask_neighbour(scene: Scene, rng: random.Random) -> _Asked:
 
 
 def absent_kind(scene: Scene, rng: random.Random) -> str:
-    """A kind that the scene does not show."""
+    """A kind that the scene does not show; a plain shape only where it shows another."""
     shown = {o.kind for o in scene.objects}
-    return rng.choice([kind for kind in TRAINING_KINDS if kind not in shown])
+    possible = TRAINING_KINDS if any(o.tint for o in scene.objects) else ART_KINDS
+    return rng.choice([kind for kind in possible if kind not in shown])
+
+
+Maker = Callable[[Scene, random.Random], _Asked]
+
+EVENLY: Mapping[Maker, int] = {
+    _ask_count: 1,
+    _ask_presence: 2,
+    _ask_background: 1,
+    _ask_side: 1,
+    _ask_relation: 1,
+    _ask_neighbour: 1,
+    _ask_category: 1,
+    _ask_total: 1,
+    _ask_tint: 1,
+    _ask_tinted: 1,
+}
+"""How often the shipped task asks what, where the scene allows it."""
+HARD_ONES: Mapping[Maker, int] = {
+    **EVENLY,
+    _ask_count: 3,
+    _ask_side: 2,
+    _ask_relation: 4,
+    _ask_neighbour: 4,
+    _ask_category: 3,
+    _ask_tint: 2,
+    _ask_tinted: 2,
+}
+"""What pretraining asks: asked evenly, relations and counts were still guesses when presence was known."""
+
+
+def question_about(scene: Scene, rng: random.Random, mix: Mapping[Maker, int] = EVENLY) -> tuple[str, str, str]:
+    """(question, answer word, answer sentence); only questions with one right answer are asked."""
+    while True:
+        asked = rng.choices(list(mix), weights=list(mix.values()))[0](scene, rng)
+        if asked is not None:
+            return asked

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import random
 
-from promptmux_server.pocket.art import KINDS, TRAINING_KINDS
+from promptmux_server.pocket.art import KINDS
+from promptmux_server.pocket.colours import COLOURS, TINTS
 from promptmux_server.pocket.questions import CLEAR_PX, NUMBERS, RELATIONS, absent_kind, related, stands, unique_things
-from promptmux_server.pocket.scenes import COLOURS, Box, Scene
+from promptmux_server.pocket.scenes import Box, Scene
 
 _UNKNOWABLE = (
     "the {} is hungry", "the {} is new", "the {} belongs to a child", "the {} was a present", "the {} is very old",
@@ -34,7 +35,7 @@ def _counted(kind: str, count: int) -> str:
 
 def statement_about(scene: Scene, rng: random.Random) -> tuple[str, bool]:
     """A statement that the picture decides, and whether it is true; about as many are true as false."""
-    makers = (_state_relation, _state_presence, _state_count, _state_background, _state_list)
+    makers = (_state_relation, _state_presence, _state_count, _state_background, _state_list, _state_tint)
     return rng.choice(makers)(scene, rng)
 
 
@@ -58,8 +59,9 @@ def _state_relation(scene: Scene, rng: random.Random) -> tuple[str, bool]:
 
 def _state_presence(scene: Scene, rng: random.Random) -> tuple[str, bool]:
     truth = rng.random() < 0.5
-    kind = rng.choice(scene.objects).kind if truth else absent_kind(scene, rng)
-    return f"there is {KINDS[kind].with_article}", truth
+    denied = rng.random() < 0.25
+    kind = rng.choice(scene.objects).kind if truth != denied else absent_kind(scene, rng)
+    return f"there is no {kind}" if denied else f"there is {KINDS[kind].with_article}", truth
 
 
 def _state_count(scene: Scene, rng: random.Random) -> tuple[str, bool]:
@@ -75,13 +77,23 @@ def _state_background(scene: Scene, rng: random.Random) -> tuple[str, bool]:
     return f"the background is {colour}", truth
 
 
+def _state_tint(scene: Scene, rng: random.Random) -> tuple[str, bool]:
+    """The colour of a plain shape; where there is none, that of the background."""
+    shapes = [o for o in unique_things(scene) if o.tint]
+    if not shapes:
+        return _state_background(scene, rng)
+    shape, truth, denied = rng.choice(shapes), rng.random() < 0.5, rng.random() < 0.25
+    tint = shape.tint if truth != denied else rng.choice([name for name in TINTS if name != shape.tint])
+    return f"the {shape.kind} is {'not ' if denied else ''}{tint}", truth
+
+
 def _state_list(scene: Scene, rng: random.Random) -> tuple[str, bool]:
     """The whole list of things, with one of them exchanged where it is to be false."""
     counts = {o.kind: scene.count(o.kind) for o in scene.left_to_right}
     truth = rng.random() < 0.5
     if not truth:
         wrong = rng.choice(list(counts))
-        new = rng.choice([kind for kind in TRAINING_KINDS if kind not in counts])
+        new = absent_kind(scene, rng)
         counts = {new if kind == wrong else kind: count for kind, count in counts.items()}
     return _listed(list(counts.items())), truth
 

@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from promptmux_server.backbone.tokenizer import train_tokenizer
-from promptmux_server.pocket.art import KINDS
+import torch
+from torch import Tensor
+
+from promptmux_server.backbone.tokenizer import SPECIALS, Tokenizer, train_tokenizer
+from promptmux_server.pocket.art import CATEGORIES, KINDS
+from promptmux_server.pocket.colours import TINTS
 from promptmux_server.pocket.dataset import SceneDataset
 from promptmux_server.pocket.recipe import NUM_BINS
-from promptmux_server.pocket.samples import corpus
+from promptmux_server.pocket.samples import pretrain_samples
+from promptmux_server.pocket.scenes import Scene
+from promptmux_server.pocket.tasks import TASKS
 
 MAX_SIZE = 1100
 SCENES = 10_000
@@ -23,10 +29,35 @@ REPEATS = 40
 """How often each kind's forms are added, so that the names of held-out kinds are single tokens as well."""
 
 
-def kind_forms() -> Iterator[str]:
+PLAIN_WORDS = (*TINTS, *CATEGORIES, "circle", "triangle", "rectangle")
+"""Of shipped tasks' answers; pretraining says only some of them."""
+
+
+def word_forms() -> Iterator[str]:
     for kind in KINDS.values():
         for form in (kind.with_article, kind.name, kind.plural):
             yield from [f" {form}"] * REPEATS
+    for word in PLAIN_WORDS:
+        yield from [f" {word}"] * REPEATS
+
+
+def corpus(scenes: Iterable[Scene], rng: random.Random) -> Iterator[str]:
+    """All texts about scenes."""
+    for scene in scenes:
+        for sample in pretrain_samples(scene, rng, 6, described=True):
+            yield from (part for part in (*sample.source, *sample.target) if isinstance(part, str))
+        for task in TASKS.values():
+            if item := task.sample(scene, rng):
+                yield task.instruction.format(text=item.text)
+                if isinstance(item.target, str):
+                    yield f" {item.target}"
+
+
+def carried_over(rows: Tensor, old: Tokenizer, new: Tokenizer) -> Tensor:
+    """Embeddings (V, d) of one vocabulary's symbols for another's: a text's are the mean of its pieces'."""
+    texts = [new.decode([token]) for token in range(len(SPECIALS), new.text_vocab_size)]
+    pieces = [rows[torch.tensor(old.encode(text))].mean(0) for text in texts]
+    return torch.cat([rows[: len(SPECIALS)], torch.stack(pieces), rows[old.first_bin_id :]])
 
 
 def main() -> None:
@@ -35,7 +66,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("var/pocket/tokenizer"))
     arguments = parser.parse_args()
     data = SceneDataset(arguments.data)
-    texts = [*corpus((data[i][1] for i in range(SCENES)), random.Random(SEED)), *kind_forms()]
+    texts = [*corpus((data[i][1] for i in range(SCENES)), random.Random(SEED)), *word_forms()]
     tokenizer = train_tokenizer(texts, MAX_SIZE, num_bins=NUM_BINS)
     tokenizer.save(arguments.out)
     print(f"{arguments.out}: {tokenizer.text_vocab_size} entries")

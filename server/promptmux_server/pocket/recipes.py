@@ -1,0 +1,97 @@
+"""The shipped prompts' training configurations: `python -m promptmux_server.pocket.recipes` writes `prompts/recipes`.
+
+Owns the numbers of their training; what the tasks ask is theirs (`tasks`, `easy_vqa`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from promptmux_server.pocket.easy_vqa import EASY_VQA
+from promptmux_server.pocket.tasks import TASKS, PocketTask
+
+FOLDER = Path("prompts/recipes")
+SHIPPED: Mapping[str, PocketTask] = {**TASKS, EASY_VQA.name: EASY_VQA}
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How long a task learns, and the pretraining words for the nearest thing, as whose keys its prompt begins."""
+
+    steps: int
+    begin: str
+
+
+LEARNING: Mapping[str, Learning] = {
+    "scene-caption": Learning(400, " what does the image describe?"),
+    "scene-vqa": Learning(1200, " question: answer in a word."),
+    "scene-entailment": Learning(800, " does the image describe "),
+    "scene-grounding": Learning(900, " where is ?"),
+    "scene-counting": Learning(400, " question: how many things are there? answer in a word."),
+    "scene-odd-one-out": Learning(300, " question: what is there? answer in a word."),
+    "scene-category": Learning(300, " question: what is there? answer in a word."),
+    "easy-vqa": Learning(900, " question: answer in a word."),
+}
+
+
+def recipe(task: PocketTask) -> str:
+    """The configuration of a task's training, as TOML (docs/training.md)."""
+    learning = LEARNING[task.name]
+    lines = [
+        f"# Trains a prompt for {task.name}; written by `python -m promptmux_server.pocket.recipes`.",
+        f'output = "../../var/pocket/prompts/{task.name}"',
+        'cache = "../../var/pocket/cache"',
+        "",
+        "[task]",
+        f"name = {json.dumps(task.name)}",
+        f"kind = {json.dumps(task.kind)}",
+        f"instruction = {json.dumps(task.instruction)}",
+    ]
+    if task.answers:
+        lines.append(f"answers = {json.dumps(task.answers)}")
+    if task.decoding:
+        lines.append(f"decoding = {{ {', '.join(f'{key} = {value}' for key, value in task.decoding.items())} }}")
+    for section in ("[[data.train]]", "[data.validation]"):
+        cut = section.strip("[]").removeprefix("data.")
+        lines += ["", section, f'path = "../../var/pocket/tasks/{task.name}.{cut}.jsonl"']
+    lines += [
+        "",
+        "[prompt]",
+        "encoder_length = 32",
+        "decoder_length = 32",
+        "dropout = 0.0",
+        "",
+        "[begin]",
+        f"text = {json.dumps(learning.begin)}",
+        "",
+        "[steps]",
+        f"steps = {learning.steps}",
+        "learning_rate = 0.05  # above the paper's 0.03: few steps",
+        "weight_decay = 0.0",
+        "smoothing = 0.0",
+        "",
+        "[run]",
+        "rows = 48",
+        f"validate_every = {learning.steps // 4}",
+        "validation_samples = 200",
+        "",
+        "[machine]",
+        "threads = 1  # `make library` trains two tasks at a time",
+        "",
+        "[compute]",
+        "autocast = true",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name, task in SHIPPED.items():
+        (FOLDER / f"{name}.toml").write_text(recipe(task))
+
+
+if __name__ == "__main__":
+    main()
