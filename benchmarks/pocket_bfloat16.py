@@ -18,11 +18,11 @@ import torch
 
 from promptmux_server.backbone.assemble import assemble
 from promptmux_server.backbone.weights import load_backbone
-from promptmux_server.engine.offline import engine_over
+from promptmux_server.engine.offline import ask_all, engine_over
 from promptmux_server.engine.request import Answer, Output
 from promptmux_server.errors import NoBoxFound
 from promptmux_server.pocket import LIBRARY, WEIGHTS
-from promptmux_server.pocket.recipes import SHIPPED
+from promptmux_server.pocket.recipes import POCKET_TASKS
 from promptmux_server.pocket.scores import WAITING, Line, held_out
 from promptmux_server.tasks import BoxOutput, LabelOutput
 from promptmux_server.training.metrics import intersection_over_union
@@ -35,10 +35,8 @@ def answers(dtype: torch.dtype, asked: Mapping[str, Sequence[Line]]) -> dict[str
     found: dict[str, list[Output | None]] = {}
     with engine_over(LIBRARY, model, backbone.tokenizer(), backbone.fingerprint) as engine:
         for task, lines in asked.items():
-            found[task] = []
-            for start in range(0, len(lines), WAITING):
-                futures = [engine.submit(line.request(task)) for line in lines[start : start + WAITING]]
-                found[task] += [output(future) for future in futures]
+            requests = (line.request(task) for line in lines)
+            found[task] = [output(future) for future in ask_all(engine, requests, waiting=WAITING)]
     return found
 
 
@@ -73,7 +71,8 @@ def main() -> None:
     arguments = parser.parse_args()
     asked = {
         name: held_out(arguments.lines / f"{name}.heldout.jsonl", task.kind)[: arguments.most]
-        for name, task in SHIPPED.items()
+        for name, task in POCKET_TASKS.items()
+        if (LIBRARY / f"{name}.safetensors").exists()
     }
     exact, rounded = (answers(dtype, asked) for dtype in (torch.float32, torch.bfloat16))
     for task in asked:

@@ -13,31 +13,19 @@ from pathlib import Path
 
 import pytest
 
-import tiny
 from api.registry_server import OPTIONS, Served, serving
+from cli import tiny_training
+from cli.tiny_training import prepare
 from promptmux import Client, Conflict, TrainingEvent
 from promptmux_server.api import training_events
-from promptmux_server.backbone.weights import write_backbone
 from promptmux_server.cli.working import work
 from promptmux_server.jobs import FILE, JobTable
 from promptmux_server.settings import Settings
-from training.job_worker import data
 
-CONFIG = """\
-backbone = "tiny"
-output = "runs/counting"
-task = {name = "counting", kind = "answer"}
-prompt = {encoder_length = 4, decoder_length = 3}
-steps = {steps = 6}
-run = {rows = 3, validate_every = 3, checkpoint_every = 2}
-machine = {threads = 1}
-
-[data]
-heldout = 0.3
-train = [{path = "data.jsonl"}]
-
-[publish]
-"""
+CONFIG = (
+    tiny_training.CONFIG.replace('"out"', '"runs/counting"').replace("every = 3", "every = 3, checkpoint_every = 2")
+    + "\n[publish]\n"
+)
 
 
 @pytest.fixture
@@ -45,9 +33,8 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of trainings with data and a backbone."""
     monkeypatch.setattr(training_events, "POLL_S", 0.05)
     folder = tmp_path / "root"
-    data(folder)
-    write_backbone(folder / "tiny", tiny.backbone())
-    tiny.tokenizer().save(folder / "tiny")
+    folder.mkdir()
+    prepare(folder, CONFIG)
     return folder
 
 

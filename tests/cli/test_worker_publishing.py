@@ -12,38 +12,22 @@ import pytest
 
 import tiny
 from api.registry_server import SETTINGS, Served, serving
+from cli import tiny_training
+from cli.tiny_training import prepare
 from promptmux_prompts import load_manifest
 from promptmux_server.api.keys import Keys
-from promptmux_server.backbone.weights import write_backbone
 from promptmux_server.cli import working
 from promptmux_server.cli.working import work
 from promptmux_server.errors import LeaseLost
 from promptmux_server.jobs import Claim, JobTable
 from promptmux_server.jobs.trainings import TrainingRequest, submit
-from training.job_worker import data
 
-CONFIG = """\
-backbone = "tiny"
-output = "out"
-task = {name = "counting", kind = "answer"}
-prompt = {encoder_length = 4, decoder_length = 3}
-steps = {steps = 2}
-run = {rows = 3, validate_every = 2}
-machine = {threads = 1}
-
-[data]
-heldout = 0.3
-train = [{path = "data.jsonl"}]
-
-[publish]
-"""
+CONFIG = tiny_training.CONFIG.replace("steps = 6", "steps = 2").replace("every = 3", "every = 2") + "\n[publish]\n"
 
 
 @pytest.fixture
 def table(tmp_path: Path) -> JobTable:
-    data(tmp_path)
-    write_backbone(tmp_path / "tiny", tiny.backbone())
-    tiny.tokenizer().save(tmp_path / "tiny")
+    prepare(tmp_path, CONFIG)
     return JobTable(tmp_path / "state" / "jobs.sqlite")
 
 

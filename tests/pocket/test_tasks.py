@@ -16,7 +16,7 @@ from promptmux_server.pocket.art import KINDS
 from promptmux_server.pocket.dataset import Pixels, SceneDataset
 from promptmux_server.pocket.easy_vqa import EASY_VQA, write_files
 from promptmux_server.pocket.questions import NUMBERS
-from promptmux_server.pocket.recipes import LEARNING, SHIPPED, recipe
+from promptmux_server.pocket.recipes import LEARNING, POCKET_TASKS, recipe
 from promptmux_server.pocket.samples import pretrain_samples
 from promptmux_server.pocket.scenes import Scene, SceneObject, compose
 from promptmux_server.pocket.scores import held_out, named_kinds
@@ -136,10 +136,10 @@ def test_easy_vqa_keeps_its_own_test_split_for_the_score(tmp_path: Path) -> None
     assert not pictures["train"] & pictures["validation"]
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", POCKET_TASKS)
 def test_recipes_are_those_that_the_program_writes_and_training_reads(name: str) -> None:
     text = (RECIPES / f"{name}.toml").read_text()
-    assert text == recipe(SHIPPED[name])
+    assert text == recipe(POCKET_TASKS[name])
     job = parse_job(text, f"{name}.toml", RECIPES)
     assert job.task.name == name
     assert job.steps.steps == LEARNING[name].steps

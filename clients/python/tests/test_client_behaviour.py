@@ -23,7 +23,7 @@ from promptmux import APIStatusError, AsyncClient, Client, ConnectionFailed, Ite
 from promptmux._errors import BY_CODE, BY_STATUS, SPECIAL, class_for
 from promptmux._retry import RetryPolicy
 
-NO_WAIT = RetryPolicy(first_delay_s=0.0)
+from .scripted import NO_WAIT, Script
 
 ANSWER = {
     "id": "0",
@@ -34,24 +34,6 @@ ANSWER = {
     "timings_ms": {"total": 1.5},
     "a_field_of_a_newer_server": 1,
 }
-
-
-class Script:
-    """A transport that answers with the given responses in turn and keeps what was sent."""
-
-    def __init__(self, *responses: httpx2.Response | Exception) -> None:
-        self.responses = list(responses)
-        self.requests: list[httpx2.Request] = []
-
-    def __call__(self, request: httpx2.Request) -> httpx2.Response:
-        self.requests.append(request)
-        answer = self.responses.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    def client(self, **options: Any) -> Client:
-        return Client("http://server", transport=httpx2.MockTransport(self), retry=NO_WAIT, **options)
 
 
 def ok(*answers: dict[str, Any]) -> httpx2.Response:

@@ -18,10 +18,10 @@ import promptmux
 from promptmux import AsyncClient, CanaryFailed, Client, ConnectionFailed, CorruptDownload, VersionMismatch
 from promptmux._async_prompts import AsyncPrompts
 from promptmux._prompts import Prompts
-from promptmux._retry import RetryPolicy
 from promptmux._upload import PIECE_BYTES
 
-NO_WAIT = RetryPolicy(first_delay_s=0.0)
+from .scripted import NO_WAIT, Script
+
 FILE = b"a prompt file" * 20_000
 SHA256 = hashlib.sha256(FILE).hexdigest()
 VERSION = {
@@ -40,25 +40,6 @@ VERSION = {
     "a_field_of_a_newer_server": 1,
 }
 OTHERS = {**VERSION, "version": 8, "file_sha256": "cd" * 32}
-
-
-class Script:
-    """A transport that answers with the given responses in turn and keeps what was sent."""
-
-    def __init__(self, *responses: httpx2.Response | Exception) -> None:
-        self.responses = list(responses)
-        self.requests: list[httpx2.Request] = []
-
-    def __call__(self, request: httpx2.Request) -> httpx2.Response:
-        self.requests.append(request)
-        answer = self.responses.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    @property
-    def sent(self) -> list[str]:
-        return [f"{request.method} {request.url.raw_path.decode()}" for request in self.requests]
 
 
 def ok(document: Any = VERSION, status: int = 200) -> httpx2.Response:

@@ -15,10 +15,10 @@ import pytest
 import promptmux
 from promptmux import AsyncClient, Client, ConnectionFailed
 from promptmux._async_trainings import AsyncTrainings
-from promptmux._retry import RetryPolicy
 from promptmux._trainings import Trainings
 
-NO_WAIT = RetryPolicy(first_delay_s=0.0)
+from .scripted import NO_WAIT, Script
+
 ID = "3f0c1a"
 TRAINING = {
     "id": ID,
@@ -46,25 +46,6 @@ TRAINING = {
     "a_field_of_a_newer_server": 1,
 }
 Ask = Callable[..., Any]
-
-
-class Script:
-    """A transport that answers with the given responses in turn and keeps what was sent."""
-
-    def __init__(self, *responses: httpx2.Response | Exception) -> None:
-        self.responses = list(responses)
-        self.requests: list[httpx2.Request] = []
-
-    def __call__(self, request: httpx2.Request) -> httpx2.Response:
-        self.requests.append(request)
-        answer = self.responses.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    @property
-    def sent(self) -> list[str]:
-        return [f"{request.method} {request.url.raw_path.decode()}" for request in self.requests]
 
 
 def ok(document: Any = TRAINING, status: int = 200) -> httpx2.Response:

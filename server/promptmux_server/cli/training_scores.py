@@ -22,7 +22,7 @@ from PIL import Image
 from promptmux_prompts import Prompt, StoreError, write_prompt
 from promptmux_prompts.header import MAX_HEADER_BYTES
 from promptmux_server.backbone.images import DecodedImage
-from promptmux_server.engine.offline import engine_over
+from promptmux_server.engine.offline import ask_all, engine_over
 from promptmux_server.engine.options import EngineOptions
 from promptmux_server.engine.rehearsal import record_canaries
 from promptmux_server.engine.request import Answer, Request
@@ -50,14 +50,11 @@ def score_served(backbone: OpenBackbone, prompt: Prompt, exam: Exam) -> Score:
     """Answers by an engine over this prompt alone; each shares no product with another, so load changes nothing."""
     manifest, fingerprint = prompt.manifest, backbone.loaded.fingerprint
     options = EngineOptions(queue_size=2 * WAITING)
-    outputs: list[Output | None] = []
     with _temporary_folder() as folder:
         (folder / f"{manifest.name}.safetensors").write_bytes(write_prompt(prompt))
         with engine_over(folder, backbone.model, backbone.tokenizer, fingerprint, options) as engine:
-            for start in range(0, len(exam.questions), WAITING):
-                asked = exam.questions[start : start + WAITING]
-                answers = [engine.submit(_request(manifest.name, question)) for question in asked]
-                outputs += [_output(answer) for answer in answers]
+            asked = (_request(manifest.name, question) for question in exam.questions)
+            outputs = [_output(answer) for answer in ask_all(engine, asked, waiting=WAITING)]
     return score_of(exam.metric, outputs, [question.sample for question in exam.questions], manifest.labels)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,6 +14,7 @@ from promptmux_server.backbone.model import OFA
 from promptmux_server.backbone.tokenizer import Tokenizer
 from promptmux_server.engine.engine import Engine
 from promptmux_server.engine.options import EngineOptions
+from promptmux_server.engine.request import Answer, Request
 from promptmux_server.errors import PromptRefused
 
 MOST_PROMPTS = 100_000
@@ -35,3 +38,10 @@ def engine_over(
             yield engine
         finally:
             engine.stop(STOP_S)
+
+
+def ask_all(engine: Engine, requests: Iterable[Request], *, waiting: int) -> Iterator[Future[Answer]]:
+    """The answers in the requests' order; at most `waiting` requests, with their pictures, are taken ahead of them."""
+    remaining = iter(requests)
+    while window := [engine.submit(request) for request in islice(remaining, waiting)]:
+        yield from window

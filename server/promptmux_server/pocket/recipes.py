@@ -1,6 +1,6 @@
-"""The shipped prompts' training configurations: `python -m promptmux_server.pocket.recipes` writes `prompts/recipes`.
+"""Training configurations of the tasks: `python -m promptmux_server.pocket.recipes` writes `prompts/recipes`.
 
-Owns the numbers of their training; what the tasks ask is theirs (`tasks`, `easy_vqa`).
+Owns the numbers of training; what the tasks ask is theirs (`tasks`, `easy_vqa`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from promptmux_server.pocket.easy_vqa import EASY_VQA
 from promptmux_server.pocket.tasks import TASKS, PocketTask
 
 FOLDER = Path("prompts/recipes")
-SHIPPED: Mapping[str, PocketTask] = {**TASKS, EASY_VQA.name: EASY_VQA}
+POCKET_TASKS: Mapping[str, PocketTask] = {**TASKS, EASY_VQA.name: EASY_VQA}
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ def recipe(task: PocketTask) -> str:
         lines.append(f"answers = {json.dumps(task.answers)}")
     if task.decoding:
         lines.append(f"decoding = {{ {', '.join(f'{key} = {value}' for key, value in task.decoding.items())} }}")
-    for section in ("[[data.train]]", "[data.validation]"):
-        cut = section.strip("[]").removeprefix("data.")
+    for section, cut in (("[[data.train]]", "train"), ("[data.validation]", "validation")):
         lines += ["", section, f'path = "../../var/pocket/tasks/{task.name}.{cut}.jsonl"']
     lines += [
         "",
@@ -89,7 +88,7 @@ def recipe(task: PocketTask) -> str:
 
 def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for name, task in SHIPPED.items():
+    for name, task in POCKET_TASKS.items():
         (FOLDER / f"{name}.toml").write_text(recipe(task))
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from promptmux_prompts import Kind, Prompt, write_prompt
 from promptmux_server.backbone.images import ImageLimits
-from promptmux_server.engine.offline import engine_over
+from promptmux_server.engine.offline import ask_all, engine_over
 from promptmux_server.engine.options import EngineOptions
 from promptmux_server.engine.request import Answer, Request
 from promptmux_server.errors import NoBoxFound
@@ -91,9 +91,8 @@ def _answers(prompt: Prompt, backbone: OpenBackbone, lines: list[Line]) -> Itera
         Path(folder, f"{name}.safetensors").write_bytes(write_prompt(prompt))
         fingerprint = backbone.loaded.fingerprint
         with engine_over(Path(folder), backbone.model, backbone.tokenizer, fingerprint, options) as engine:
-            for start in range(0, len(lines), WAITING):
-                asked = [(line, engine.submit(line.request(name))) for line in lines[start : start + WAITING]]
-                yield from asked
+            asked = (line.request(name) for line in lines)
+            yield from zip(lines, ask_all(engine, asked, waiting=WAITING), strict=True)
 
 
 def _worth(truth: Any, future: Future[Answer]) -> tuple[float, bool]:

@@ -20,7 +20,7 @@ from promptmux_prompts import Prompt, load_prompt, write_prompt
 from promptmux_server.backbone.assemble import assemble, serving_dtype
 from promptmux_server.backbone.weights import load_backbone
 from promptmux_server.pocket import WEIGHTS
-from promptmux_server.pocket.recipes import FOLDER, SHIPPED
+from promptmux_server.pocket.recipes import FOLDER, POCKET_TASKS
 from promptmux_server.pocket.scores import TaskScore, held_out, score
 from promptmux_server.training.validation import OpenBackbone
 
@@ -63,14 +63,14 @@ def main() -> None:
     parser.add_argument("--lines", type=Path, default=Path("var/pocket/tasks"))
     parser.add_argument("--out", type=Path, default=Path("prompts/library"))
     parser.add_argument("--recipes", type=Path, default=FOLDER)
-    parser.add_argument("--task", choices=list(SHIPPED), action="append", help="only this task (may be repeated)")
+    parser.add_argument("--task", choices=list(POCKET_TASKS), action="append", help="only this task (may be repeated)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(arguments.threads)
     loaded = load_backbone(WEIGHTS)
     backbone = OpenBackbone(loaded, assemble(loaded, dtype=serving_dtype("cpu")), loaded.tokenizer())
-    for name in arguments.task or SHIPPED:
+    for name in arguments.task or POCKET_TASKS:
         ship(name, arguments.trained, backbone, arguments.lines, arguments.out, arguments.recipes)
 
 

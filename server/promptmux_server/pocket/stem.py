@@ -136,10 +136,9 @@ def new_stem(begin: Path | None = None) -> tuple[VisionStem, nn.Linear]:
 
 def train_stem(stem: VisionStem, head: nn.Linear, data: SceneDataset, steps: int, log_path: Path) -> None:
     """Train a stem, unless it is frozen, and the linear head that reads the lesson's answers from its features."""
-    learning = [p for p in (*stem.parameters(), *head.parameters()) if p.requires_grad]
-    stem.train(len(learning) > len(list(head.parameters())))
+    stem.train(stem.conv1.weight.requires_grad)
     channels_last(stem)
-    optimizer = torch.optim.AdamW(learning, lr=LEARNING_RATE, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW([*stem.parameters(), *head.parameters()], lr=LEARNING_RATE, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     started = time.monotonic()
     with log_path.open("w") as log:
