@@ -7,6 +7,7 @@ import json
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -16,7 +17,7 @@ from starlette.types import Message
 
 from api.fake_engine import FakeEngine
 from api.live_server import live_server, until
-from promptmux_server.api import documents, streaming
+from promptmux_server.api import documents, edge, streaming
 from promptmux_server.api.app import build_app
 from promptmux_server.api.call import Call, CallItem
 from promptmux_server.api.streaming import EventBuffer
@@ -295,6 +296,25 @@ def test_the_engine_never_waits_for_a_reader(engine: FakeEngine) -> None:
             for _ in range(100):
                 slow_overflows(engine)  # on the event loop's own thread: were it to wait, it would wait for ever
             assert time.monotonic() - started < 1.0
+
+    in_a_loop(scenario)
+
+
+def test_a_cancelled_request_does_not_wait_for_ever_to_say_so(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's end cancels a stream that has not begun: the answer that says so finds nobody who reads."""
+    monkeypatch.setattr(edge, "LAST_WORD_S", 0.05)
+    app = build_app(engine, Settings(), "fake").asgi
+    engine.submit = lambda request: time.sleep(0.2) or Future()  # type: ignore[method-assign, func-returns-value]
+
+    async def scenario() -> None:
+        async with asking(app, {"task": "slow", "stream": True}) as (connection, task):
+            connection.may_read.clear()
+            await asyncio.sleep(0.05)
+            task.cancel()
+            await asyncio.wait_for(task, 5)
+            assert [message["status"] for message in connection.sent] == [503]
 
     in_a_loop(scenario)
 

@@ -7,6 +7,7 @@ read before the key is checked.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import re
 import time
@@ -24,6 +25,9 @@ from promptmux_server.settings import Settings
 
 WORTH_READING = 64 * 1024
 """Bytes of an unwanted body that are read and dropped to keep its connection open."""
+
+LAST_WORD_S = 1.0
+"""How long a request that the server's end cancels may wait for its client to take the answer that says so."""
 
 MAX_LENGTH_DIGITS = 19
 """Digits of a Content-Length that is meant seriously."""
@@ -72,7 +76,9 @@ class Edge:
         except asyncio.CancelledError:  # only the server's own end cancels a request: its drain timeout has passed
             if status == 499:
                 late = Draining("The server shut down before this request was complete.", retry_after_s=5)
-                await error_response(late, request_id)(scope, receive, answer)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LAST_WORD_S):
+                        await error_response(late, request_id)(scope, receive, answer)
         finally:
             seconds = time.monotonic() - started
             self._metrics.http(scope, status, seconds)
