@@ -16,13 +16,11 @@ from promptmux_server.backbone.tokenizer import Tokenizer, train_tokenizer
 from promptmux_server.backbone.vision import VisionStem
 from promptmux_server.backbone.weights import load_backbone
 from promptmux_server.pocket import WEIGHTS
+from promptmux_server.pocket import stem as stem_lesson
 from promptmux_server.pocket.colours import TINTS
 from promptmux_server.pocket.dataset import Pixels, SceneDataset
 from promptmux_server.pocket.losses import place_targets
-from promptmux_server.pocket.pretrain import Pretraining, run
-from promptmux_server.pocket.recipe import NUM_BINS, Recipe, pocket_config
-from promptmux_server.pocket.scenes import Scene, SceneObject
-from promptmux_server.pocket.stem import (
+from promptmux_server.pocket.patches import (
     ANSWERS,
     EDGE_BINS,
     GRID,
@@ -31,10 +29,12 @@ from promptmux_server.pocket.stem import (
     edge_targets,
     lesson_losses,
     lesson_measures,
-    new_stem,
     patch_truth,
-    train_stem,
 )
+from promptmux_server.pocket.pretrain import Pretraining, run
+from promptmux_server.pocket.recipe import NUM_BINS, Recipe, pocket_config
+from promptmux_server.pocket.scenes import Scene, SceneObject
+from promptmux_server.pocket.stem import mirrored, new_stem, train_stem
 from promptmux_server.pocket.vocabulary import carried_over
 
 STEM = "encoder.embed_images"
@@ -148,10 +148,31 @@ def test_a_stem_may_be_read_without_being_changed(tmp_path: Path) -> None:
     stem, head = new_stem(WEIGHTS)
     before = {name: tensor.clone() for name, tensor in stem.state_dict().items()}
     untaught = head.weight.detach().clone()
-    train_stem(stem.requires_grad_(False), head, SCENES, 1, tmp_path / "log.jsonl")
+    train_stem(stem.requires_grad_(False), head, SCENES, 1, tmp_path / "stem.safetensors")
     assert all(torch.equal(tensor, before[name]) for name, tensor in stem.state_dict().items())
     assert not torch.equal(head.weight, untaught)
     assert torch.equal(before["conv1.weight"], load_backbone(WEIGHTS).tensors[f"{STEM}.conv1.weight"].float())
+
+
+def test_a_killed_lesson_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stem_lesson, "CHECKPOINT_EVERY", 1)
+    monkeypatch.setattr(stem_lesson, "BATCH", 2)
+    train_stem(*new_stem(), SCENES, 2, tmp_path / "whole.safetensors")
+    calls = iter(range(2))
+    with monkeypatch.context() as killing:
+        killing.setattr(stem_lesson, "patch_truth", lambda scene: (next(calls), patch_truth(scene))[1])
+        with pytest.raises(StopIteration):
+            train_stem(*new_stem(), SCENES, 2, tmp_path / "killed.safetensors")
+    train_stem(*new_stem(), SCENES, 2, tmp_path / "killed.safetensors")
+    whole, resumed = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "killed"))
+    assert whole.keys() == resumed.keys()
+    assert torch.equal(whole["conv1.weight"], resumed["conv1.weight"])
+
+
+def test_a_mirrored_scene_is_what_the_mirrored_picture_shows() -> None:
+    scene = mirrored(Scene(0, "blue", (DOG,)))
+    assert scene.objects[0].box == (68.0, 40.0, 108.0, 90.0)
+    assert mirrored(scene) == Scene(0, "blue", (DOG,))
 
 
 def test_a_new_vocabularys_words_begin_as_the_mean_of_their_old_pieces() -> None:

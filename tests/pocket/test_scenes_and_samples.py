@@ -12,11 +12,11 @@ from PIL import Image, ImageDraw
 from promptmux_server.pocket.art import HELD_OUT, KINDS, TRAINING_KINDS
 from promptmux_server.pocket.colours import COLOURS, TINTS
 from promptmux_server.pocket.dataset import SceneDataset, render_shard
-from promptmux_server.pocket.questions import HARD_ONES, NUMBERS, question_about
+from promptmux_server.pocket.questions import HARD_ONES, NUMBERS, question_about, standing_of_two
 from promptmux_server.pocket.samples import pretrain_samples
-from promptmux_server.pocket.scenes import SIDE, Scene, compose
+from promptmux_server.pocket.scenes import SIDE, Scene, SceneObject, compose
 from promptmux_server.pocket.shapes import SHAPES, draw_shape
-from promptmux_server.pocket.statements import describe, referring_expression, statement_about
+from promptmux_server.pocket.statements import coloured, describe, place_in_words, referring_expression, statement_about
 
 
 class DiscArt:
@@ -148,10 +148,37 @@ def test_a_picture_is_described_or_asked_about() -> None:
     for scene in SCENES[:50]:
         described = [sample.kind for sample in pretrain_samples(scene, rng, 6, described=True)]
         assert described[:2] == ["caption", "detection"]
-        assert len(described) == 6
+        assert 2 < len(described) <= 6
         asked = [sample.kind for sample in pretrain_samples(scene, rng, 6, described=False)]
-        assert asked[0] in ("caption", "detection")
-        assert "detection" not in asked[1:]
+        assert asked[0] in ("caption", "inventory", "detection")
+        assert not {"inventory", "detection"} & set(asked[1:])
+
+
+def test_no_text_about_a_picture_comes_twice() -> None:
+    rng = random.Random(6)
+    for scene in SCENES[:100]:
+        samples = pretrain_samples(scene, rng, 6, described=False)
+        assert len(set(samples)) == len(samples) <= 6
+
+
+def test_two_things_stand_on_every_side_that_is_clear() -> None:
+    dog, cat = SceneObject("dog", (0.0, 0.0, 20.0, 20.0)), SceneObject("cat", (60.0, 4.0, 80.0, 24.0))
+    owl = SceneObject("owl", (60.0, 60.0, 80.0, 80.0))
+    rng = random.Random(0)
+    told = {standing_of_two(Scene(0, "red", (dog, cat)), rng) for _ in range(20)}
+    assert told == {("dog", "cat", "left"), ("cat", "dog", "right")}
+    told = {standing_of_two(Scene(0, "red", (dog, owl)), rng) for _ in range(20)}
+    assert told == {("dog", "owl", "left and above"), ("owl", "dog", "right and below")}
+    assert standing_of_two(Scene(0, "red", (dog, dog, cat)), rng) is None
+
+
+def test_an_inventory_tells_colours_and_places() -> None:
+    heart = SceneObject("heart", (0.0, 0.0, 20.0, 20.0), "orange")
+    assert coloured(heart) == "an orange heart"
+    assert place_in_words(heart) == "at the top left"
+    assert place_in_words(SceneObject("dog", (50.0, 50.0, 70.0, 70.0))) == "in the middle"
+    assert place_in_words(SceneObject("dog", (100.0, 50.0, 120.0, 70.0))) == "at the right"
+    assert coloured(SceneObject("owl", (0.0, 0.0, 9.0, 9.0))) == "an owl"
 
 
 def test_descriptions_count() -> None:

@@ -12,14 +12,16 @@ from safetensors.torch import load_file
 from promptmux_server.backbone.tokenizer import Tokenizer
 from promptmux_server.backbone.weights import LoadedBackbone, write_backbone
 from promptmux_server.backbone.weights.names import canonical_tensors
+from promptmux_server.pocket.checkpoints import part_of
+from promptmux_server.pocket.pretrain import CHECKPOINT
 from promptmux_server.pocket.recipe import NUM_BINS, pocket_config
 
 
 def from_checkpoint(run: Path, tokenizer: Path) -> LoadedBackbone:
     """The backbone of a run's last checkpoint."""
     vocabulary = Tokenizer.load(tokenizer, num_codes=0, num_bins=NUM_BINS).text_vocab_size
-    stored = load_file(run / "checkpoint.safetensors")
-    state = {name.removeprefix("model/"): value for name, value in stored.items() if name.startswith("model/")}
+    stored = load_file(run / CHECKPOINT)
+    state = part_of(stored, "model")
     config = pocket_config(vocabulary)
     tensors, dropped = canonical_tensors(state, config)
     # Running statistics span orders of magnitude: rounding them to 8 bits of mantissa would shift every channel.

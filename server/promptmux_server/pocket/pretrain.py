@@ -13,20 +13,21 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from promptmux_server.backbone.assemble import serving_dtype
 from promptmux_server.backbone.model import OFA
 from promptmux_server.backbone.tokenizer import Tokenizer
 from promptmux_server.backbone.vision import channels_last
 from promptmux_server.backbone.weights import LoadedBackbone, load_backbone
+from promptmux_server.pocket import checkpoints
 from promptmux_server.pocket.colours import TINTS
 from promptmux_server.pocket.dataset import SceneDataset
 from promptmux_server.pocket.losses import text_loss
+from promptmux_server.pocket.mentions import MentionHead, Names
 from promptmux_server.pocket.mixture import to_pixels, training_examples
-from promptmux_server.pocket.recipe import NUM_BINS, Recipe, initialise, pocket_config
-from promptmux_server.pocket.stem import (
+from promptmux_server.pocket.patches import (
     ANSWERS,
     EDGE_ANSWERS,
     EDGE_BINS,
@@ -35,9 +36,16 @@ from promptmux_server.pocket.stem import (
     WORD_ANSWERS,
     WORDS,
 )
+from promptmux_server.pocket.recipe import NUM_BINS, Recipe, initialise, pocket_config
+from promptmux_server.pocket.scenes import Scene
 from promptmux_server.pocket.vocabulary import carried_over
+from promptmux_server.training.forward import Example
 from promptmux_server.training.loss import Loss
 
+MENTIONS_WEIGH = 0.3
+"""Of what the encoder knows of named things, beside the mean loss of the texts."""
+STEM = "encoder.embed_images."
+CHECKPOINT = "checkpoint.safetensors"
 CHECKPOINT_EVERY = 250
 LOG_EVERY = 25
 
@@ -59,10 +67,12 @@ class Pretraining:
         if begin is not None:
             self._go_on_from(load_backbone(begin))
         self._let_patches_say(self._take_over(load_file(lesson)), new=begin is None)
+        self.mentions, self.names = MentionHead(self.model), Names(tokenizer)
         self.model.train()
         stem = self.model.encoder.embed_images.eval().requires_grad_(False)
         channels_last(stem)
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        everything = [*self.model.parameters(), *self.mentions.parameters()]
+        trained = [parameter for parameter in everything if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay},
@@ -73,13 +83,14 @@ class Pretraining:
         )
 
     def _go_on_from(self, backbone: LoadedBackbone) -> None:
-        """Take a backbone over, its words carried to this run's vocabulary."""
-        tensors = {name: tensor.float() for name, tensor in backbone.tensors.items()}
+        """Take a backbone over, all but its stem, its words carried to this run's vocabulary."""
+        tensors = {name: tensor.float() for name, tensor in backbone.tensors.items() if not name.startswith(STEM)}
+        tensors |= {name: tensor for name, tensor in self.model.state_dict().items() if name.startswith(STEM)}
         rows = tensors["encoder.embed_tokens.weight"]
         tensors["encoder.embed_tokens.weight"] = carried_over(rows, backbone.tokenizer(), self.tokenizer)
         self.model.load_state_dict(tensors)
 
-    def _take_over(self, lesson: dict[str, torch.Tensor]) -> nn.Linear:
+    def _take_over(self, lesson: dict[str, Tensor]) -> nn.Linear:
         """The stem of a lesson, and the head that reads the lesson's answers from it."""
         head = nn.Linear(self.config.image_feature_dim, ANSWERS)
         head.load_state_dict({name: lesson.pop(f"head.{name}") for name in ("weight", "bias")})
@@ -123,29 +134,16 @@ class Pretraining:
         """The token that a word begins with."""
         return self.tokenizer.encode(f" {word}")[0]
 
+    @property
+    def _modules(self) -> dict[str, nn.Module]:
+        return {"model": self.model, "mentions": self.mentions}
+
     def restore(self) -> None:
         """Go on from the checkpoint in the folder, if there is one."""
-        if not (self.folder / "checkpoint.safetensors").exists():
-            return
-        tensors = load_file(self.folder / "checkpoint.safetensors")
-        self.model.load_state_dict(_under("model/", tensors))
-        state = self.optimizer.state_dict()
-        for name, value in tensors.items():
-            if name.startswith("optimizer/"):
-                _, index, key = name.split("/")
-                state["state"].setdefault(int(index), {})[key] = value
-        self.optimizer.load_state_dict(state)
-        self.step = int(json.loads((self.folder / "checkpoint.json").read_text())["step"])
+        self.step = checkpoints.restore(self.folder / CHECKPOINT, self._modules, self.optimizer)
 
     def save(self) -> None:
-        """Write the checkpoint beside the old one and rename, so that a kill never leaves half of it."""
-        tensors = {f"model/{k}": v.contiguous() for k, v in self.model.state_dict().items()}
-        for index, entries in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{index}/{key}": value.contiguous() for key, value in entries.items()}
-        temporary = self.folder / "checkpoint.tmp"
-        save_file(tensors, temporary)
-        temporary.replace(self.folder / "checkpoint.safetensors")
-        (self.folder / "checkpoint.json").write_text(json.dumps({"step": self.step}))
+        checkpoints.save(self.folder / CHECKPOINT, self.step, self._modules, self.optimizer)
 
     def train_step(self, data: SceneDataset) -> Loss:
         """One step; its samples depend on the seed and the step's number alone, whatever was interrupted before."""
@@ -168,16 +166,27 @@ class Pretraining:
                 features = encoder.embed_images(pixels.contiguous(memory_format=torch.channels_last))
             images = encoder.project(features.flatten(2).transpose(1, 2), (GRID, GRID))
             loss = text_loss(self.model, images, examples)
-        loss.mean.backward()
+            named = self.mentions.loss(*self._mentioned(examples, [scene for _, scene in chosen]))
+        (loss.mean + MENTIONS_WEIGH * named).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return loss
 
-
-def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    def _mentioned(self, examples: list[Example], scenes: list[Scene]) -> tuple[Tensor, list[tuple[str, Scene]]]:
+        """Places of all names on the encoder's flat axis, and what each names in which scene."""
+        places: list[int] = []
+        truths: list[tuple[str, Scene]] = []
+        start = 0
+        for example in examples:
+            assert example.image is not None
+            start += GRID * GRID
+            for mention in self.names.mentions(example.source):
+                places.append(start + mention.place)
+                truths.append((mention.kind, scenes[example.image]))
+            start += len(example.source)
+        return torch.tensor(places), truths
 
 
 def run(training: Pretraining, data: SceneDataset) -> None:

@@ -72,13 +72,13 @@ def _ask_tinted(scene: Scene, rng: random.Random) -> _Asked:
     tint = str(shape.tint) if rng.random() < 0.5 else rng.choice(list(TINTS))
     kind = shape.kind if rng.random() < 0.6 else "shape"
     truth = any(o.tint == tint and kind in (o.kind, "shape") for o in shapes)
-    thing = f"{_article(tint)} {tint} {kind}"
+    thing = f"{article(tint)} {tint} {kind}"
     return f"is there {thing}?", *(
         ("yes", f"yes, there is {thing}") if truth else ("no", f"no, there is no {tint} {kind}")
     )
 
 
-def _article(word: str) -> str:
+def article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
@@ -117,6 +117,16 @@ def related(scene: Scene, rng: random.Random) -> tuple[str, str, str, bool] | No
     relation = rng.choice(list(RELATIONS))
     truth = stands(a, relation, b)
     return None if truth is None else (a.kind, relation, b.kind, truth)
+
+
+def standing_of_two(scene: Scene, rng: random.Random) -> tuple[str, str, str] | None:
+    """(kind, other kind, "left and above") of two things that each occur once: every side without doubt, or None."""
+    unique = unique_things(scene)
+    if len(unique) < 2:
+        return None
+    a, b = rng.sample(unique, 2)
+    sides = [relation.removesuffix(" of") for relation in RELATIONS if stands(a, relation, b)]
+    return (a.kind, b.kind, " and ".join(sides)) if sides else None
 
 
 def _ask_relation(scene: Scene, rng: random.Random) -> _Asked:

@@ -23,7 +23,7 @@ def pocket_config(text_vocab_size: int) -> BackboneConfig:
         heads=3,
         encoder_layers=4,
         decoder_layers=4,
-        resnet_blocks=(2, 2, 2),
+        resnet_blocks=(2, 2, 4),
         resnet_width=32,
         image_bucket_size=8,
         token_bucket_size=64,

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from promptmux_server.pocket.art import KINDS
-from promptmux_server.pocket.questions import HARD_ONES, question_about
+from promptmux_server.pocket.questions import HARD_ONES, question_about, standing_of_two
 from promptmux_server.pocket.scenes import Box, Scene
-from promptmux_server.pocket.statements import describe, referring_expression, statement_about
+from promptmux_server.pocket.statements import coloured, describe, place_in_words, referring_expression, statement_about
 
 Part = str | Box
 """A text with its leading blank, or a box that becomes four location tokens."""
@@ -25,19 +25,32 @@ class Sample:
 
 
 def pretrain_samples(scene: Scene, rng: random.Random, count: int, *, described: bool) -> list[Sample]:
-    """`count` samples. `described` begins with a caption and a list of all boxes, the densest supervision of a picture;
-    otherwise with a caption or, now and then, the list: its boxes are most of its tokens, and few of them are news."""
+    """At most `count` different samples, fewer where a scene has little to ask about.
+
+    `described` begins with a caption and a list of all boxes, the densest supervision of a picture; otherwise with a
+    caption, an inventory or, now and then, the list: its boxes are most of its tokens, and few of them are news.
+    """
     caption, detection = _caption(scene, rng), _detection(scene)
-    first = [caption, detection] if described else [caption if rng.random() < 0.8 else detection]
-    makers: tuple[Callable[[Scene, random.Random], Sample], ...] = (_question, _where, _matching, _region)
-    rest = rng.choices(makers, weights=(8, 4, 6, 1), k=count - len(first))
-    return [*first, *(maker(scene, rng) for maker in rest)]
+    described_whole = rng.choices((caption, _inventory(scene), detection), weights=(5, 4, 1))
+    first = [caption, detection] if described else described_whole
+    makers: tuple[Callable[[Scene, random.Random], Sample], ...] = (_question, _where, _matching, _standing, _region)
+    found = dict.fromkeys(first)
+    for maker in rng.choices(makers, weights=(8, 3, 6, 4, 1), k=3 * count):
+        if len(found) < count:
+            found.setdefault(maker(scene, rng))
+    return list(found)
 
 
 def _caption(scene: Scene, rng: random.Random) -> Sample:
     if rng.random() < 0.5:
         return Sample("caption", (" what does the image describe?",), (f" {describe(scene)} on {scene.background}",))
     return Sample("caption", (" what is in the image?",), (f" {describe(scene)}",))
+
+
+def _inventory(scene: Scene) -> Sample:
+    """Every thing with its colour, where it has one, and its place: what questions ask for one by one."""
+    things = ", ".join(f"{coloured(thing)} {place_in_words(thing)}" for thing in scene.left_to_right)
+    return Sample("inventory", (" what is each thing like?",), (f" {things}",))
 
 
 def _detection(scene: Scene) -> Sample:
@@ -58,6 +71,15 @@ def _where(scene: Scene, rng: random.Random) -> Sample:
 def _matching(scene: Scene, rng: random.Random) -> Sample:
     statement, truth = statement_about(scene, rng)
     return Sample("matching", (f' does the image describe " {statement} "?',), (" yes" if truth else " no",))
+
+
+def _standing(scene: Scene, rng: random.Random) -> Sample:
+    """Both sides on which one thing stands from another: more of relations in a text than a yes or a no tells."""
+    found = standing_of_two(scene, rng)
+    if found is None:
+        return _where(scene, rng)
+    a, b, sides = found
+    return Sample("standing", (f" how does the {a} stand to the {b}?",), (f" {sides}",))
 
 
 def _question(scene: Scene, rng: random.Random) -> Sample:

@@ -9,8 +9,17 @@ import random
 
 from promptmux_server.pocket.art import KINDS
 from promptmux_server.pocket.colours import COLOURS, TINTS
-from promptmux_server.pocket.questions import CLEAR_PX, NUMBERS, RELATIONS, absent_kind, related, stands, unique_things
-from promptmux_server.pocket.scenes import Box, Scene
+from promptmux_server.pocket.questions import (
+    CLEAR_PX,
+    NUMBERS,
+    RELATIONS,
+    absent_kind,
+    article,
+    related,
+    stands,
+    unique_things,
+)
+from promptmux_server.pocket.scenes import SIDE, Box, Scene, SceneObject
 
 _UNKNOWABLE = (
     "the {} is hungry", "the {} is new", "the {} belongs to a child", "the {} was a present", "the {} is very old",
@@ -31,6 +40,18 @@ def _listed(things: list[tuple[str, int]]) -> str:
 
 def _counted(kind: str, count: int) -> str:
     return KINDS[kind].with_article if count == 1 else f"{NUMBERS[count]} {KINDS[kind].plural}"
+
+
+def coloured(thing: SceneObject) -> str:
+    """A thing with its article, and its tint if it has one: "an orange heart"."""
+    return KINDS[thing.kind].with_article if thing.tint is None else f"{article(thing.tint)} {thing.tint} {thing.kind}"
+
+
+def place_in_words(thing: SceneObject) -> str:
+    """Which ninth of the picture a thing's centre lies in: "at the top left", "in the middle"."""
+    column, row = (min(2, int(3 * c / SIDE)) for c in thing.centre)
+    words = [word for word in (("top", "", "bottom")[row], ("left", "", "right")[column]) if word]
+    return f"at the {' '.join(words)}" if words else "in the middle"
 
 
 def statement_about(scene: Scene, rng: random.Random) -> tuple[str, bool]:
