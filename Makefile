@@ -46,8 +46,8 @@ art:
 	mkdir -p var/art && cd var/art && npm pack --silent @lobehub/fluent-emoji-3d@1.1.0 && tar xzf *fluent-emoji-3d*.tgz --strip-components=1
 
 scenes: install
-	$(BIN)/python -m promptmux_server.pocket.dataset --split train --shards 40 --out var/pocket/train
-	$(BIN)/python -m promptmux_server.pocket.dataset --split heldout --shards 4 --out var/pocket/heldout
+	$(BIN)/python -m promptmux_server.pocket.dataset --split train --shards 40 --shapes 0.2 --out var/pocket/train
+	$(BIN)/python -m promptmux_server.pocket.dataset --split heldout --shards 4 --shapes 0.2 --out var/pocket/heldout
 
 pretrain: install
 	$(BIN)/python -m promptmux_server.pocket.vocabulary
@@ -60,4 +60,4 @@ task-files: install
 
 library: install
 	ls prompts/recipes/*.toml | xargs -P 2 -n 1 $(BIN)/promptmux train
-	$(BIN)/python -m promptmux_server.pocket.shipping
+	$(BIN)/python -m promptmux_server.pocket.shipping && $(BIN)/python -m promptmux_server.pocket.curves

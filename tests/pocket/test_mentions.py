@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ from promptmux_server.backbone.encoder import EncoderRow
 from promptmux_server.backbone.model import OFA
 from promptmux_server.backbone.tokenizer import Tokenizer
 from promptmux_server.pocket import WEIGHTS
-from promptmux_server.pocket.mentions import EDGE_ANSWERS, MentionHead, Names
+from promptmux_server.pocket.mentions import EDGE_ANSWERS, MentionHead, Named, Names
 from promptmux_server.pocket.patches import EDGE_BINS
 from promptmux_server.pocket.recipe import NUM_BINS, pocket_config
-from promptmux_server.pocket.scenes import Scene, SceneObject
+from promptmux_server.pocket.scenes import SIDE, Scene, SceneObject
 
 TOKENIZER = Tokenizer.load(WEIGHTS, num_codes=0, num_bins=NUM_BINS)
 NAMES = Names(TOKENIZER)
@@ -42,44 +43,62 @@ def test_names_are_found_in_texts(text: str, kinds: list[str]) -> None:
         assert said.endswith((mention.kind, f"{mention.kind}s"))
 
 
-def head_and_states() -> tuple[MentionHead, torch.Tensor]:
-    """A head behind a pass of two tokens, and their places."""
+@pytest.fixture
+def head() -> MentionHead:
+    """A head behind a pass of two tokens. Whatever it is asked, it says: one thing, teal, with the heart's edges, and
+    the thing before it was far to the right and below. So it is right of a heart named after a dog."""
     torch.manual_seed(0)
     model = OFA(pocket_config(TOKENIZER.text_vocab_size), folded=False)
     head = MentionHead(model)
     model.encode([EncoderRow((0, 2))])
-    return head, torch.tensor([0, 1])
+    with torch.no_grad():
+        for answers in (head.found, head.compared):
+            answers.weight.zero_()
+            answers.bias.zero_()
+        head.found.bias[1] = 20.0
+        head.found.bias[5 + 10] = 20.0
+        bells(head.found.bias[EDGE_ANSWERS], HEART.box)
+        bells(head.compared.bias, [(SIDE + 32.0 - 80.0) / 2, (SIDE + 32.0 - 75.0) / 2])
+    return head
 
 
-@torch.no_grad()
-def right_answers(head: MentionHead) -> None:
-    """Whatever is asked: one thing, teal, with the heart's edges. So it is right of a heart and wrong of a dog."""
-    head.answers.weight.zero_()
-    head.answers.bias.zero_()
-    head.answers.bias[1] = 20.0
-    head.answers.bias[5 + 10] = 20.0
-    edges = head.answers.bias[EDGE_ANSWERS].view(4, EDGE_BINS)
-    for edge, pixel in zip(edges, HEART.box, strict=True):
+def bells(bias: torch.Tensor, pixels: Sequence[float]) -> None:
+    for edge, pixel in zip(bias.view(len(pixels), EDGE_BINS), pixels, strict=True):
         edge -= 0.5 * ((torch.arange(EDGE_BINS) + 0.5) - pixel / 4).square()
 
 
+ENTROPY = 0.5 * math.log(2 * math.pi * math.e)
+"""Of a bell one bin wide: what a place costs at least."""
+
+
 @torch.no_grad()
-def test_a_head_that_knows_the_truth_pays_only_for_the_edges_spread() -> None:
-    head, places = head_and_states()
-    right_answers(head)
-    least = 0.5 * math.log(2 * math.pi * math.e)  # the entropy of the bell that edges are taught as
-    assert float(head.loss(places[:1], [("heart", SCENE)])) == pytest.approx(least, abs=0.05)
+def test_a_head_that_knows_the_truth_pays_only_for_the_places_spread(head: MentionHead) -> None:
+    assert float(head.loss([Named(0, "heart", SCENE, None)])) == pytest.approx(ENTROPY, abs=0.05)
+    assert float(head.loss([Named(1, "heart", SCENE, "dog")])) == pytest.approx(2 * ENTROPY, abs=0.05)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["dog", "cat"])
-def test_what_holds_of_one_thing_is_wrong_of_another(kind: str) -> None:
-    head, places = head_and_states()
-    right_answers(head)
-    assert float(head.loss(places[:1], [(kind, SCENE)])) > 5.0
+def test_what_holds_of_one_thing_is_wrong_of_another(head: MentionHead, kind: str) -> None:
+    assert float(head.loss([Named(0, kind, SCENE, None)])) > 5.0
 
 
 @torch.no_grad()
-def test_texts_that_name_nothing_cost_nothing() -> None:
-    head, places = head_and_states()
-    assert float(head.loss(places[:0], [])) == 0.0
+def test_what_was_named_before_matters(head: MentionHead) -> None:
+    scene = Scene(0, "blue", (HEART, SceneObject("cat", (0.0, 0.0, 8.0, 8.0))))
+    assert float(head.loss([Named(0, "heart", scene, "cat")])) > 10.0
+
+
+@torch.no_grad()
+def test_texts_that_name_nothing_cost_nothing(head: MentionHead) -> None:
+    assert float(head.loss([])) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "apart"),
+    [("heart", "dog", (-48.0, -43.0)), ("dog", "heart", (48.0, 43.0)), ("dog", "dog", None), ("dog", "cat", None)],
+)
+def test_two_things_are_apart_where_both_are_there_once(
+    kind: str, before: str, apart: tuple[float, float] | None
+) -> None:
+    assert Named(0, kind, SCENE, before).apart == apart

@@ -25,7 +25,7 @@ from promptmux_server.pocket import checkpoints
 from promptmux_server.pocket.colours import TINTS
 from promptmux_server.pocket.dataset import SceneDataset
 from promptmux_server.pocket.losses import text_loss
-from promptmux_server.pocket.mentions import MentionHead, Names
+from promptmux_server.pocket.mentions import MentionHead, Named, Names
 from promptmux_server.pocket.mixture import to_pixels, training_examples
 from promptmux_server.pocket.patches import (
     ANSWERS,
@@ -166,7 +166,7 @@ class Pretraining:
                 features = encoder.embed_images(pixels.contiguous(memory_format=torch.channels_last))
             images = encoder.project(features.flatten(2).transpose(1, 2), (GRID, GRID))
             loss = text_loss(self.model, images, examples)
-            named = self.mentions.loss(*self._mentioned(examples, [scene for _, scene in chosen]))
+            named = self.mentions.loss(self._named(examples, [scene for _, scene in chosen]))
         (loss.mean + MENTIONS_WEIGH * named).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
         self.optimizer.step()
@@ -174,19 +174,19 @@ class Pretraining:
         self.step += 1
         return loss
 
-    def _mentioned(self, examples: list[Example], scenes: list[Scene]) -> tuple[Tensor, list[tuple[str, Scene]]]:
-        """Places of all names on the encoder's flat axis, and what each names in which scene."""
-        places: list[int] = []
-        truths: list[tuple[str, Scene]] = []
+    def _named(self, examples: list[Example], scenes: list[Scene]) -> list[Named]:
+        """All names of things in the texts, by their places on the encoder's flat axis."""
+        named: list[Named] = []
         start = 0
         for example in examples:
             assert example.image is not None
             start += GRID * GRID
+            before = None
             for mention in self.names.mentions(example.source):
-                places.append(start + mention.place)
-                truths.append((mention.kind, scenes[example.image]))
+                named.append(Named(start + mention.place, mention.kind, scenes[example.image], before))
+                before = mention.kind
             start += len(example.source)
-        return torch.tensor(places), truths
+        return named
 
 
 def run(training: Pretraining, data: SceneDataset) -> None:
