@@ -161,6 +161,14 @@ def test_no_text_about_a_picture_comes_twice() -> None:
         assert len(set(samples)) == len(samples) <= 6
 
 
+def test_words_that_no_picture_shows_are_repeated() -> None:
+    rng = random.Random(8)
+    samples = [s for scene in SCENES * 2 for s in pretrain_samples(scene, rng, 6, described=False) if s.kind == "echo"]
+    assert all(sample.source == (f" repeat:{sample.target[0]}",) for sample in samples)
+    said = " ".join(str(sample.target[0]) for sample in samples)
+    assert all(word in said for word in ("circle", "neutral", *HELD_OUT))
+
+
 def test_two_things_stand_on_every_side_that_is_clear() -> None:
     dog, cat = SceneObject("dog", (0.0, 0.0, 20.0, 20.0)), SceneObject("cat", (60.0, 4.0, 80.0, 24.0))
     owl = SceneObject("owl", (60.0, 60.0, 80.0, 80.0))

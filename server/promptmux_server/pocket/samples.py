@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from promptmux_server.pocket.art import KINDS
+from promptmux_server.pocket.art import CATEGORIES, KINDS
+from promptmux_server.pocket.colours import TINTS
 from promptmux_server.pocket.questions import HARD_ONES, question_about, standing_of_two
 from promptmux_server.pocket.scenes import Box, Scene
 from promptmux_server.pocket.statements import coloured, describe, place_in_words, referring_expression, statement_about
@@ -24,6 +24,11 @@ class Sample:
     target: tuple[Part, ...]
 
 
+_LABELS = ("entailment", "contradiction", "neutral")
+WORDS: tuple[str, ...] = (*KINDS, *TINTS, *CATEGORIES, *_LABELS, "circle", "triangle", "rectangle")
+"""What a text may be asked to repeat: words that tasks answer with, whether or not a picture ever shows them."""
+
+
 def pretrain_samples(scene: Scene, rng: random.Random, count: int, *, described: bool) -> list[Sample]:
     """At most `count` different samples, fewer where a scene has little to ask about.
 
@@ -33,9 +38,9 @@ def pretrain_samples(scene: Scene, rng: random.Random, count: int, *, described:
     caption, detection = _caption(scene, rng), _detection(scene)
     described_whole = rng.choices((caption, _inventory(scene), detection), weights=(5, 4, 1))
     first = [caption, detection] if described else described_whole
-    makers: tuple[Callable[[Scene, random.Random], Sample], ...] = (_question, _where, _matching, _standing, _region)
+    makers = (_question, _where, _matching, _standing, _region, _echo)
     found = dict.fromkeys(first)
-    for maker in rng.choices(makers, weights=(8, 3, 6, 4, 1), k=3 * count):
+    for maker in rng.choices(makers, weights=(8, 3, 6, 4, 1, 2), k=3 * count):
         if len(found) < count:
             found.setdefault(maker(scene, rng))
     return list(found)
@@ -71,6 +76,13 @@ def _where(scene: Scene, rng: random.Random) -> Sample:
 def _matching(scene: Scene, rng: random.Random) -> Sample:
     statement, truth = statement_about(scene, rng)
     return Sample("matching", (f' does the image describe " {statement} "?',), (" yes" if truth else " no",))
+
+
+def _echo(scene: Scene, rng: random.Random) -> Sample:
+    """Words for their own sake. A word that no picture ever brought out stays like all others of its kind, as an input
+    and as an answer, and then no prompt can say it."""
+    words = " ".join(rng.sample(WORDS, 3))
+    return Sample("echo", (f" repeat: {words}",), (f" {words}",))
 
 
 def _standing(scene: Scene, rng: random.Random) -> Sample:

@@ -33,8 +33,8 @@ class Cut:
     samples: int
 
 
-LEARNED = Cut("train", 0, 11_000, 4, 16_000)
-CHOSEN_BY = Cut("validation", 11_000, 12_000, 1, 400)
+LEARNED = Cut("train", 0, 38_000, 4, 16_000)
+CHOSEN_BY = Cut("validation", 38_000, 40_000, 1, 400)
 HELD_OUT = Cut("heldout", 0, 4_000, 1, 2_000)
 
 

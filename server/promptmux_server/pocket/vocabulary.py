@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from promptmux_server.backbone.tokenizer import SPECIALS, Tokenizer, train_tokenizer
-from promptmux_server.pocket.art import CATEGORIES, KINDS
-from promptmux_server.pocket.colours import TINTS
+from promptmux_server.pocket.art import KINDS
 from promptmux_server.pocket.dataset import SceneDataset
 from promptmux_server.pocket.recipe import NUM_BINS
-from promptmux_server.pocket.samples import pretrain_samples
+from promptmux_server.pocket.samples import WORDS, pretrain_samples
 from promptmux_server.pocket.scenes import Scene
 from promptmux_server.pocket.tasks import TASKS
 
@@ -29,15 +28,11 @@ REPEATS = 40
 """How often each kind's forms are added, so that the names of held-out kinds are single tokens as well."""
 
 
-PLAIN_WORDS = (*TINTS, *CATEGORIES, "circle", "triangle", "rectangle")
-"""Of shipped tasks' answers; pretraining says only some of them."""
-
-
 def word_forms() -> Iterator[str]:
     for kind in KINDS.values():
         for form in (kind.with_article, kind.name, kind.plural):
             yield from [f" {form}"] * REPEATS
-    for word in PLAIN_WORDS:
+    for word in WORDS:
         yield from [f" {word}"] * REPEATS
 
 
