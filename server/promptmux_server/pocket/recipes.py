@@ -26,14 +26,14 @@ class Learning:
 
 
 LEARNING: Mapping[str, Learning] = {
-    "scene-caption": Learning(400, " what does the image describe?"),
+    "scene-caption": Learning(500, " what does the image describe?"),
     "scene-vqa": Learning(1200, " question: answer in a word."),
-    "scene-entailment": Learning(800, " does the image describe "),
-    "scene-grounding": Learning(900, " where is ?"),
-    "scene-counting": Learning(400, " question: how many things are there? answer in a word."),
-    "scene-odd-one-out": Learning(300, " question: what is there? answer in a word."),
-    "scene-category": Learning(300, " question: what is there? answer in a word."),
-    "easy-vqa": Learning(900, " question: answer in a word."),
+    "scene-entailment": Learning(1000, " does the image describe "),
+    "scene-grounding": Learning(1000, " where is ?"),
+    "scene-counting": Learning(800, " question: how many things are there? answer in a word."),
+    "scene-odd-one-out": Learning(600, " question: what is there? answer in a word."),
+    "scene-category": Learning(600, " question: what is there? answer in a word."),
+    "easy-vqa": Learning(1000, " question: answer in a word."),
 }
 
 
