@@ -35,7 +35,7 @@ def available(dtype: torch.dtype) -> bool:
     if dtype not in TYPES or not library_loaded():
         return False
     try:
-        error = _self_test(dtype)
+        error = max(_self_test(dtype), _gradient_self_test(dtype))
     except RuntimeError as problem:  # an instruction that the compiler has and oneDNN, say, has not
         log.warning("CPU kernels: %s is not supported here (%s); plain PyTorch is used instead", dtype, problem)
         return False
@@ -198,9 +198,15 @@ def write_cache(cache_key: Tensor, cache_value: Tensor, slots: Tensor, key: Tens
 
 
 def gelu_norm(x: Tensor, affine: Affine, eps: float) -> Tensor:
-    if not _can_norm(x, *affine):
+    if not can_norm(x, *affine):
         return batched.gelu_norm(x, affine, eps)
     out: Tensor = torch.ops.promptmux_cpu.gelu_norm(x, *affine, eps)
+    return out
+
+
+def gelu_norm_gradient(x: Tensor, weight: Tensor, eps: float, gradient: Tensor) -> Tensor:
+    """The gradient of x (T, ffn_dim), for which `can_norm` holds, from that of `gelu_norm`."""
+    out: Tensor = torch.ops.promptmux_cpu.gelu_norm_gradient(x, weight, eps, gradient.contiguous())
     return out
 
 
@@ -240,7 +246,8 @@ def _can(x: Tensor) -> bool:
     return x.shape[2] in HEAD_DIMS and available(x.dtype)
 
 
-def _can_norm(x: Tensor, *others: Tensor) -> bool:
+def can_norm(x: Tensor, *others: Tensor) -> bool:
+    """Whether the library normalises x (T, width) with others' weights, and leads a gradient back."""
     fits = x.ndim == 2 and x.shape[1] % FILL == 0 and all(o.dtype == x.dtype and o.stride(-1) == 1 for o in others)
     return fits and x.stride(-1) == 1 and available(x.dtype)
 
@@ -285,3 +292,16 @@ def _self_test(dtype: torch.dtype) -> float:
         q, k, v, rows=rows, prompts=prompts, bias=bias, scale=dim**-0.5, head_scale=scale, causal=False
     )
     return float((found.float() - expected.float()).abs().max())
+
+
+def _gradient_self_test(dtype: torch.dtype) -> float:
+    """Largest difference of `gelu_norm`'s gradient from the reference's."""
+    x, weight, gradient = (
+        torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        for seed, shape in enumerate(((3, 48), (48,), (3, 48)))
+    )
+    exact = x.float().clone().requires_grad_()
+    with torch.enable_grad():
+        out = reference.gelu_norm(exact, (weight.float(), torch.zeros(48)), 1e-5)
+    (expected,) = torch.autograd.grad(out, exact, gradient.float())
+    return float((gelu_norm_gradient(x, weight, 1e-5, gradient).float() - expected).abs().max())

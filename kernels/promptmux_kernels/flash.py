@@ -15,14 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from promptmux_kernels import batched
-from promptmux_kernels.batched import (
-    gelu_norm,
-    norm_add_norm,
-    pack_bias,
-    pack_memory,
-    prefix_decode_attention,
-    write_cache,
-)
+from promptmux_kernels.batched import norm_add_norm, pack_bias, pack_memory, prefix_decode_attention, write_cache
+from promptmux_kernels.frozen_norms import gelu_norm
 from promptmux_kernels.rows import PAGE, PLAIN, BiasFactors, CrossMemory, PagedPrompts, Rows, SharedBias
 
 __all__ = [

@@ -13,6 +13,7 @@
 #include "cross_attention.h"
 #include "decode_attention.h"
 #include "few_rows.h"
+#include "norm_gradients.h"
 #include "norms.h"
 #include "prefix_attention.h"
 #include "top_tokens.h"
@@ -131,6 +132,15 @@ Tensor gelu_norm_op(const Tensor& x, const Tensor& weight, const Tensor& bias, d
   return out;
 }
 
+Tensor gelu_norm_gradient_op(const Tensor& x, const Tensor& weight, double eps, const Tensor& out_gradient) {
+  Tensor x_gradient = at::empty(x.sizes(), x.options());
+  by_type<BFloat16>(x, [&](auto element) {
+    using T = decltype(element);
+    gelu_norm_gradient<T>(x, weight.const_data_ptr<T>(), static_cast<float>(eps), out_gradient, x_gradient);
+  });
+  return x_gradient;
+}
+
 Tensor few_rows_op(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                    const std::optional<Tensor>& residual) {
   Tensor out = at::empty({x.size(0), weight.size(0)}, x.options());
@@ -189,6 +199,7 @@ TORCH_LIBRARY(promptmux_cpu, library) {
   library.def(
       "write_cache(Tensor(a!) cache_key, Tensor(b!) cache_value, Tensor slots, Tensor key, Tensor value) -> ()");
   library.def("gelu_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor");
+  library.def("gelu_norm_gradient(Tensor x, Tensor weight, float eps, Tensor out_gradient) -> Tensor");
   library.def("pack_weight(Tensor weight) -> Tensor");
   library.def("wide_product(Tensor x, Tensor packed, int neurons) -> Tensor");
   library.def("log_normalisers(Tensor logits) -> Tensor");
@@ -203,6 +214,7 @@ TORCH_LIBRARY_IMPL(promptmux_cpu, CPU, library) {
   library.impl("cross_attention", cross_attention_op);
   library.impl("write_cache", write_cache_op);
   library.impl("gelu_norm", gelu_norm_op);
+  library.impl("gelu_norm_gradient", gelu_norm_gradient_op);
   library.impl("pack_weight", pack_weight_op);
   library.impl("wide_product", wide_product_op);
   library.impl("log_normalisers", log_normalisers_op);
