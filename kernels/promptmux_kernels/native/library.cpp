@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "attention_backward.h"
 #include "cross_attention.h"
 #include "decode_attention.h"
 #include "few_rows.h"
@@ -87,11 +88,13 @@ std::tuple<Tensor, Tensor> pack_memory_op(const Tensor& key, const Tensor& value
   });
 }
 
-Tensor cross_attention_op(const Tensor& q, IntArrayRef starts, IntArrayRef counts, const Tensor& keys,
-                          const Tensor& values, IntArrayRef memory_starts, IntArrayRef memory_lengths,
-                          const std::vector<Tensor>& tables, IntArrayRef table_of_row, IntArrayRef first_positions,
-                          bool consecutive, double scale, const Tensor& head_scale) {
+std::tuple<Tensor, Tensor> cross_attention_op(const Tensor& q, IntArrayRef starts, IntArrayRef counts,
+                                              const Tensor& keys, const Tensor& values, IntArrayRef memory_starts,
+                                              IntArrayRef memory_lengths, const std::vector<Tensor>& tables,
+                                              IntArrayRef table_of_row, IntArrayRef first_positions, bool consecutive,
+                                              double scale, const Tensor& head_scale) {
   Tensor out = at::zeros(q.sizes(), q.options());
+  Tensor lse = at::zeros({q.size(0), q.size(1)}, q.options().dtype(at::kFloat));
   std::vector<CrossGroup> groups;
   for (size_t g = 0; g < starts.size(); ++g)
     groups.push_back(
@@ -101,10 +104,35 @@ Tensor cross_attention_op(const Tensor& q, IntArrayRef starts, IntArrayRef count
     by_type<Half>(tables[0], [&](auto number) {
       using B = decltype(number);
       cross_attention<T, B>(q, groups, keys, values, bias_tables<B>(tables), consecutive, static_cast<float>(scale),
-                            head_scale.const_data_ptr<float>(), out);
+                            head_scale.const_data_ptr<float>(), out, lse);
     });
   });
-  return out;
+  return {out, lse};
+}
+
+std::vector<Tensor> attention_backward_op(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
+                                          const Tensor& out, const Tensor& lse, IntArrayRef starts,
+                                          IntArrayRef lengths, IntArrayRef key_starts, IntArrayRef key_lengths,
+                                          const Tensor& prompt_key, const Tensor& prompt_value,
+                                          const Tensor& prompt_table, IntArrayRef prompt_lengths,
+                                          const std::vector<Tensor>& tables, IntArrayRef table_of_row,
+                                          IntArrayRef first_positions, double scale, const Tensor& head_scale,
+                                          bool causal, bool queries, bool keys, bool prompts) {
+  std::vector<GradientRow> rows;
+  for (size_t r = 0; r < starts.size(); ++r)
+    rows.push_back({starts[r], lengths[r], key_starts[r], key_lengths[r], table_of_row[r], first_positions[r],
+                    prompt_lengths[r], 0});
+  return by_type<BFloat16>(q, [&](auto element) {
+    using T = decltype(element);
+    return by_type<Half>(tables[0], [&](auto number) {
+      using B = decltype(number);
+      return AttentionBackward<T, B>(grad, q, k, v, out, lse, {prompt_key, prompt_value, prompt_table},
+                                     prompt_key.size(0), rows, bias_tables<B>(tables),
+                                     head_scale.const_data_ptr<float>(), static_cast<float>(scale), causal,
+                                     {queries, keys, prompts})
+          .run();
+    });
+  });
 }
 
 void write_cache_op(Tensor cache_key, Tensor cache_value, const Tensor& slots, const Tensor& key,
@@ -195,7 +223,12 @@ TORCH_LIBRARY(promptmux_cpu, library) {
   library.def(
       "cross_attention(Tensor q, int[] starts, int[] counts, Tensor keys, Tensor values, int[] memory_starts, "
       "int[] memory_lengths, Tensor[] tables, int[] table_of_row, int[] first_positions, bool consecutive, "
-      "float scale, Tensor head_scale) -> Tensor");
+      "float scale, Tensor head_scale) -> (Tensor, Tensor)");
+  library.def(
+      "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, int[] starts, "
+      "int[] lengths, int[] key_starts, int[] key_lengths, Tensor prompt_key, Tensor prompt_value, "
+      "Tensor prompt_table, int[] prompt_lengths, Tensor[] tables, int[] table_of_row, int[] first_positions, "
+      "float scale, Tensor head_scale, bool causal, bool queries, bool keys, bool prompts) -> Tensor[]");
   library.def(
       "write_cache(Tensor(a!) cache_key, Tensor(b!) cache_value, Tensor slots, Tensor key, Tensor value) -> ()");
   library.def("gelu_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor");
@@ -212,6 +245,7 @@ TORCH_LIBRARY_IMPL(promptmux_cpu, CPU, library) {
   library.impl("prefix_decode_attention", prefix_decode_attention_op);
   library.impl("pack_memory", pack_memory_op);
   library.impl("cross_attention", cross_attention_op);
+  library.impl("attention_backward", attention_backward_op);
   library.impl("write_cache", write_cache_op);
   library.impl("gelu_norm", gelu_norm_op);
   library.impl("gelu_norm_gradient", gelu_norm_gradient_op);

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from promptmux_kernels import batched, cpu, frozen_norms, gelu_norm, reference
+from promptmux_kernels import batched, cpu, gelu_norm, reference
+from promptmux_kernels.gelu_autograd import GeluNorm
 from promptmux_kernels.rows import Affine
 
 compiled = pytest.mark.skipif(not cpu.available(torch.float32), reason="no compiler, or no AVX2")
@@ -49,7 +50,7 @@ def test_the_gradient_is_as_exact_as_pytorchs(width: int, dtype: torch.dtype) ->
     limit = (
         1e-6 if dtype == torch.float32 else 2**-8
     )  # a few roundings of float32; one of bfloat16, of the largest number
-    error = case.error(case.gradient(frozen_norms))
+    error = case.error(case.gradient(cpu))
     assert error <= limit
     assert error <= 1.5 * case.error(case.gradient(batched))
 
@@ -58,7 +59,7 @@ def test_the_gradient_is_as_exact_as_pytorchs(width: int, dtype: torch.dtype) ->
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_limit_sees_one_wrong_element(dtype: torch.dtype) -> None:
     case = Case(192, dtype)
-    wrong = case.gradient(frozen_norms)
+    wrong = case.gradient(cpu)
     wrong[5, 7] += 2**-6 * wrong.abs().max()
     assert case.error(wrong) > 2**-8
 
@@ -74,31 +75,31 @@ def test_far_and_tiny_inputs_have_their_slopes() -> None:
     case = Case(16, torch.float32)
     case.x = torch.tensor([-30.0, -6.0, -1e-4, 0.0, 1e-4, 6.0, 30.0, -0.5]).repeat(2)[None]
     case.behind = case.behind[:1]
-    assert case.error(case.gradient(frozen_norms)) <= 1e-6
+    assert case.error(case.gradient(cpu)) <= 1e-6
 
 
 @compiled
 def test_no_token_and_tokens_that_lie_apart() -> None:
-    assert Case(48, torch.float32, tokens=0).gradient(frozen_norms).shape == (0, 48)
+    assert Case(48, torch.float32, tokens=0).gradient(cpu).shape == (0, 48)
     case = Case(48, torch.float32)
     apart = torch.stack([case.x, case.x], 1).clone().requires_grad_()
-    out = frozen_norms.gelu_norm(apart[:, 1], case.affine, EPS)
+    out = cpu.gelu_norm(apart[:, 1], case.affine, EPS)
     (found,) = torch.autograd.grad(out, apart, case.behind.t().contiguous().t())
-    assert torch.equal(found[:, 1], case.gradient(frozen_norms))
+    assert torch.equal(found[:, 1], case.gradient(cpu))
     assert not bool(found[:, 0].any())
 
 
 @compiled
 def test_a_token_gets_the_same_bits_in_any_company_and_a_nan_stays_with_its_own() -> None:
     case = Case(48, torch.float32)
-    together = case.gradient(frozen_norms)
+    together = case.gradient(cpu)
     case.x[4] = float("nan")
     others = [row for row in range(33) if row != 4]
-    found = case.gradient(frozen_norms)
+    found = case.gradient(cpu)
     assert torch.equal(found[others], together[others])
     assert bool(found[4].isnan().all())
     case.x, case.behind = case.x[7:8], case.behind[7:8]
-    assert torch.equal(case.gradient(frozen_norms)[0], together[7])
+    assert torch.equal(case.gradient(cpu)[0], together[7])
 
 
 def kept(case: Case, weight_learns: bool) -> list[tuple[int, ...]]:
@@ -120,11 +121,11 @@ def test_the_input_alone_is_kept_unless_weights_learn() -> None:
 def test_what_the_library_cannot_is_handed_on(why: str) -> None:
     case = Case(20 if why == "odd-width" else 32, torch.float64 if why == "float64" else torch.float32)
     case.affine[0].requires_grad_(why == "weights-learn")
-    assert torch.equal(case.gradient(frozen_norms), case.gradient(batched))
+    assert torch.equal(case.gradient(cpu), case.gradient(batched))
 
 
 @compiled
 def test_a_library_whose_gradient_is_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = cpu.gelu_norm_gradient
-    monkeypatch.setattr(cpu, "gelu_norm_gradient", lambda *arguments: 1.1 * right(*arguments))
+    right = GeluNorm.backward
+    monkeypatch.setattr(GeluNorm, "backward", lambda ctx, grad: right(ctx, 1.1 * grad))
     assert not cpu.available.__wrapped__(torch.float32)
