@@ -32,7 +32,7 @@ class Chance:
     def kept(self, row: int, shape: Sequence[int], dropped: float, place: str, device: torch.device) -> Tensor:
         """1 where a number is kept, 0 where it is dropped: uint8. `row` counts the rows that are here.
 
-        Four numbers are decided by 64 random bits: PyTorch's own draw of as many took six times as long.
+        Four numbers are decided by 64 random bits: PyTorch's own draw of as many takes five times as long.
         """
         generator = torch.Generator(device).manual_seed(self._number(row, place))
         words = torch.empty(-(-math.prod(shape) // 4), dtype=torch.int64, device=device)
