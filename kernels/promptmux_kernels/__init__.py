@@ -25,6 +25,7 @@ from promptmux_kernels.rows import (
     SharedBias,
     pack_prompts,
 )
+from promptmux_kernels.thinned import RowsPrompt, Thinning, pack_rows
 
 __all__ = [
     "FILL",
@@ -36,13 +37,16 @@ __all__ = [
     "PagedPrompts",
     "PromptBatch",
     "Rows",
+    "RowsPrompt",
     "SharedBias",
+    "Thinning",
     "cross_decode_attention",
     "gelu_norm",
     "norm_add_norm",
     "pack_bias",
     "pack_memory",
     "pack_prompts",
+    "pack_rows",
     "prefix_attention",
     "prefix_decode_attention",
     "prepare",

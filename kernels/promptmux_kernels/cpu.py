@@ -1,6 +1,7 @@
 """The compiled CPU form: hands each op to the C++ library, or to `batched` what the library cannot do.
 
-Owns the choice per call (element types, head dims) and the packed layout of cross-attention memory.
+Owns the choice per call (element types, head dims) and the packed layout of cross-attention memory. Attention has
+gradients (`cpu_autograd`), and so has `gelu_norm`; the other ops have none.
 Contracts: `dispatch`; the arithmetic: `native/*.h`.
 """
 
@@ -14,8 +15,17 @@ from torch import Tensor
 
 from promptmux_kernels import batched, reference
 from promptmux_kernels.batched import norm_add_norm as norm_add_norm  # PyTorch's own is faster than a fused pass
+from promptmux_kernels.cpu_autograd import (
+    CrossAttention,
+    SelfAttention,
+    adjacent,
+    dense_tables,
+    packed_places,
+    page_arguments,
+)
+from promptmux_kernels.gelu_autograd import GeluNorm
 from promptmux_kernels.native import library_loaded
-from promptmux_kernels.rows import FILL, PAGE, Affine, BiasFactors, CrossMemory, PagedPrompts, Rows, SharedBias
+from promptmux_kernels.rows import FILL, PAGE, PLAIN, Affine, CrossMemory, PagedPrompts, Rows, SharedBias
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +36,7 @@ packed keys (native/pack.h) in one piece."""
 TYPES = (torch.float32, torch.bfloat16)
 HEAD_DIMS = range(16, 129, 16)
 SELF_TEST_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-"""Absolute, on outputs of size one: 100 float32 and 4 bfloat16 roundings. It tells a wrong kernel, not a rounding."""
+"""Absolute up to one, relative above: 100 float32 and 4 bfloat16 roundings. It tells a wrong kernel, not a rounding."""
 
 
 @cache
@@ -35,7 +45,7 @@ def available(dtype: torch.dtype) -> bool:
     if dtype not in TYPES or not library_loaded():
         return False
     try:
-        error = _self_test(dtype)
+        error = max(_self_test(dtype), _gelu_self_test(dtype))
     except RuntimeError as problem:  # an instruction that the compiler has and oneDNN, say, has not
         log.warning("CPU kernels: %s is not supported here (%s); plain PyTorch is used instead", dtype, problem)
         return False
@@ -57,36 +67,13 @@ def prefix_attention(
     head_scale: Tensor,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    if not _can(q) or (prompts and prompts.key.dtype != q.dtype):
+    shown = prompts if prompts and any(prompts.lengths) else None
+    attend = SelfAttention(rows, rows, shown, bias, (0,) * len(rows), causal, scale, head_scale)
+    if not _can(q) or not attend.can_learn(q, k, v):
         return batched.prefix_attention(
             q, k, v, rows=rows, prompts=prompts, bias=bias, scale=scale, head_scale=head_scale, causal=causal
         )
-    return _prefix_attention(q, k, v, rows, prompts, bias, scale, head_scale, causal)
-
-
-def _prefix_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rows: Rows,
-    prompts: PagedPrompts | None,
-    bias: SharedBias,
-    scale: float,
-    head_scale: Tensor,
-    causal: bool,
-) -> tuple[Tensor, Tensor]:
-    out, lse = torch.ops.promptmux_cpu.prefix_attention(
-        *(_adjacent(x) for x in (q, k, v)),
-        rows.starts,
-        rows.lengths,
-        *_prompt_arguments(prompts, len(rows), q),
-        _tables(bias),
-        bias.table_of_row,
-        scale,
-        head_scale.float(),
-        causal,
-    )
-    return out, lse
+    return attend(q, k, v)
 
 
 def prefix_decode_attention(
@@ -118,10 +105,10 @@ def prefix_decode_attention(
             head_scale=head_scale,
         )
     out: Tensor = torch.ops.promptmux_cpu.prefix_decode_attention(
-        _adjacent(q),
+        adjacent(q),
         groups.starts,
         groups.lengths,
-        *_prompt_arguments(prompts, len(groups), q),
+        *page_arguments(prompts, len(groups), q),
         cache_key.contiguous(),
         cache_value.contiguous(),
         history.contiguous(),
@@ -144,6 +131,10 @@ def cross_decode_attention(
     scale: float,
     head_scale: Tensor,
 ) -> Tensor:
+    if memory.layout == PLAIN and consecutive and _can(q):
+        attend = CrossAttention(groups, memory.rows, None, bias, first_positions, False, scale, head_scale)
+        if attend.can_learn(q, memory.key, memory.value):
+            return attend(q, memory.key, memory.value)[0]
     if memory.layout != PACKED:
         return batched.cross_decode_attention(
             q,
@@ -155,15 +146,16 @@ def cross_decode_attention(
             scale=scale,
             head_scale=head_scale,
         )
-    out: Tensor = torch.ops.promptmux_cpu.cross_attention(
-        _adjacent(q),
+    out: Tensor
+    out, _ = torch.ops.promptmux_cpu.cross_attention(
+        adjacent(q),
         groups.starts,
         groups.lengths,
         memory.key,
         memory.value,
         memory.rows.starts,
         memory.rows.lengths,
-        _tables(bias),
+        dense_tables(bias),
         bias.table_of_row,
         first_positions,
         consecutive,
@@ -176,9 +168,9 @@ def cross_decode_attention(
 def pack_memory(key: Tensor, value: Tensor, rows: Rows) -> CrossMemory:
     if not _can(key):
         return batched.pack_memory(key, value, rows)
-    places = Rows.packed([-(-n // FILL) * FILL for n in rows.lengths])
+    places = packed_places(rows)
     keys, values = torch.ops.promptmux_cpu.pack_memory(
-        _adjacent(key), _adjacent(value), rows.starts, rows.lengths, places.starts
+        adjacent(key), adjacent(value), rows.starts, rows.lengths, places.starts
     )
     return CrossMemory(keys, values, Rows(places.starts, rows.lengths), PACKED)
 
@@ -194,13 +186,14 @@ def write_cache(cache_key: Tensor, cache_value: Tensor, slots: Tensor, key: Tens
     if not _can(key) or not same_type or not (cache_key.is_contiguous() and cache_value.is_contiguous()):
         batched.write_cache(cache_key, cache_value, slots, key, value)
         return
-    torch.ops.promptmux_cpu.write_cache(cache_key, cache_value, slots, *(_adjacent(x) for x in (key, value)))
+    torch.ops.promptmux_cpu.write_cache(cache_key, cache_value, slots, *(adjacent(x) for x in (key, value)))
 
 
 def gelu_norm(x: Tensor, affine: Affine, eps: float) -> Tensor:
-    if not _can_norm(x, *affine):
+    learn = torch.is_grad_enabled() and any(part.requires_grad for part in affine)
+    if learn or not _can_norm(x, *affine):
         return batched.gelu_norm(x, affine, eps)
-    out: Tensor = torch.ops.promptmux_cpu.gelu_norm(x, *affine, eps)
+    out: Tensor = GeluNorm.apply(x, affine, eps)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -245,43 +238,44 @@ def _can_norm(x: Tensor, *others: Tensor) -> bool:
     return fits and x.stride(-1) == 1 and available(x.dtype)
 
 
-def _adjacent(x: Tensor) -> Tensor:
-    """x (T, H, D) with each token's heads in one piece; tokens may lie apart, as slices of a fused projection do."""
-    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
-
-
-def _tables(bias: SharedBias) -> list[Tensor]:
-    """Dense tables of one element type: float16 if all are, else float32."""
-    dense = [table.dense() if isinstance(table, BiasFactors) else table for table in bias.tables]
-    half = all(table.dtype == torch.float16 for table in dense)
-    return [table if half else table.float() for table in dense]
-
-
-def _prompt_arguments(
-    prompts: PagedPrompts | None, rows: int, like: Tensor
-) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """Pool, page table and lengths as the library takes them; without prompts an empty pool and lengths of zero."""
-    if prompts is None:
-        pool = like.new_empty(0, like.shape[1], PAGE, like.shape[2])
-        return pool, pool, torch.zeros(rows, 1, dtype=torch.int64), [0] * rows
-    return prompts.key.contiguous(), prompts.value.contiguous(), prompts.table.contiguous(), list(prompts.lengths)
-
-
 def _self_test(dtype: torch.dtype) -> float:
-    """Largest difference from the reference on one small batch with two prompt pages and ragged rows."""
+    """Largest difference from the reference, of outputs and gradients, on a small batch of ragged rows that share a
+    page."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(dtype)
 
     rows, heads, dim = Rows.packed([5, 70]), 2, 32
-    q, k, v = (normal(rows.total, heads, dim) for _ in range(3))
-    pages = torch.tensor([[0, 1], [1, 0]])
-    prompts = PagedPrompts(normal(2, heads, PAGE, dim), normal(2, heads, PAGE, dim), pages, (40, 3))
-    bias = SharedBias((normal(heads, 70, 70).float(),), (0, 0))
-    scale = torch.ones(heads)
-    found, _ = _prefix_attention(q, k, v, rows, prompts, bias, dim**-0.5, scale, False)
-    expected, _ = reference.prefix_attention(
-        q, k, v, rows=rows, prompts=prompts, bias=bias, scale=dim**-0.5, head_scale=scale, causal=False
+    with torch.inference_mode(False), torch.enable_grad():
+        learned = [normal(*(rows.total, heads, dim)).requires_grad_() for _ in range(3)]
+        learned += [normal(2, heads, PAGE, dim).requires_grad_() for _ in range(2)]
+        *qkv, key, value = learned
+        prompts = PagedPrompts(key, value, torch.tensor([[0, 1], [1, 0]]), (40, 3))
+        bias, ones = SharedBias((normal(heads, 70, 70).float(),), (0, 0)), torch.ones(heads)
+        attend = SelfAttention(rows, rows, prompts, bias, (0, 0), False, dim**-0.5, ones)
+        found, _ = attend(*qkv)
+        expected, _ = reference.prefix_attention(
+            *qkv, rows=rows, prompts=prompts, bias=bias, scale=dim**-0.5, head_scale=ones, causal=False
+        )
+        grad = normal(*found.shape)
+        pairs = [(found, expected)]
+        pairs += zip(*(torch.autograd.grad(out, learned, grad) for out in (found, expected)), strict=True)
+        # A tensor's maximum keeps what is not a number, Python's may not.
+        errors = [((a - b).abs() / b.abs().clamp(min=1)).max() for a, b in pairs]
+        return float(torch.stack(errors).max().detach())
+
+
+def _gelu_self_test(dtype: torch.dtype) -> float:
+    """As `_self_test`, of `gelu_norm`'s gradient alone."""
+    x, weight, grad = (
+        torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        for seed, shape in enumerate(((3, 48), (48,), (3, 48)))
     )
-    return float((found.float() - expected.float()).abs().max())
+    with torch.inference_mode(False), torch.enable_grad():
+        exact = x.float().clone().requires_grad_()
+        out = reference.gelu_norm(exact, (weight.float(), torch.zeros(48)), 1e-5)
+        (expected,) = torch.autograd.grad(out, exact, grad.float())
+        out = GeluNorm.apply(x.requires_grad_(), (weight, torch.zeros_like(weight)), 1e-5)  # type: ignore[no-untyped-call]
+        (found,) = torch.autograd.grad(out, x, grad)
+    return float((found.float() - expected).abs().max())

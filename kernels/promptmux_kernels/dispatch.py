@@ -22,17 +22,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from promptmux_kernels import batched, cpu, flash, reference
-from promptmux_kernels.rows import Affine, BiasFactors, CrossMemory, PagedPrompts, Rows, SharedBias
+from promptmux_kernels import batched, cpu, reference
+from promptmux_kernels.rows import PLAIN, Affine, CrossMemory, PagedPrompts, Rows, SharedBias
 
 log = logging.getLogger(__name__)
 
-Form = Literal["reference", "batched", "flash", "cpu", "triton"]
+Form = Literal["reference", "batched", "cpu", "triton"]
 
-_FORMS: dict[Form, ModuleType] = {"reference": reference, "batched": batched, "flash": flash, "cpu": cpu}
+_FORMS: dict[Form, ModuleType] = {"reference": reference, "batched": batched, "cpu": cpu}
 _LAZY_FORMS: dict[Form, str] = {"triton": "promptmux_kernels.triton_ops"}
 COMPILED: tuple[Form, ...] = ("cpu", "triton")
-"""Forms without a backward: where a gradient is asked for, `flash` (on a CPU) or `batched` answers in their place."""
+"""Where a gradient is asked for, `batched` answers in their place, unless they have a backward for that op."""
 _refused: set[Form] = set()
 """Forms that `prepare` found not to work on this machine."""
 _override: ContextVar[Form | None] = ContextVar("promptmux_kernels_form", default=None)
@@ -48,10 +48,12 @@ def use_form(form: Form) -> Iterator[None]:
         _override.reset(token)
 
 
-def _form(*inputs: Tensor) -> ModuleType:
+def _form(*inputs: Tensor, backward: tuple[Form, ...] = ()) -> ModuleType:
+    """The form that answers a call of these inputs; `backward` names the compiled ones that differentiate the op."""
     form = _override.get() or _fastest(inputs[0].device)
-    if form in COMPILED and torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        form = "flash" if inputs[0].device.type == "cpu" else "batched"
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    if form in COMPILED and wanted and form not in backward:
+        form = "batched"
     if form in _LAZY_FORMS and form not in _FORMS:
         _FORMS[form] = import_module(_LAZY_FORMS[form])
     return _FORMS[form]
@@ -70,15 +72,6 @@ def _pool(prompts: PagedPrompts | None) -> tuple[Tensor, ...]:
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
-
-
-def _values(tables: tuple[Tensor | BiasFactors, ...]) -> tuple[Tensor, ...]:
-    """What a gradient could flow to."""
-    return tuple(
-        part
-        for table in tables
-        for part in ((table.query, table.key, table.relative) if isinstance(table, BiasFactors) else (table,))
-    )
 
 
 def prefix_attention(
@@ -104,7 +97,8 @@ def prefix_attention(
     Prompt keys carry no bias and are visible to every query; `causal` hides later own keys only.
     q, k, v are (T, H, D) of one dtype; out is (T, H, D) of that dtype, lse (T, H) float32; softmax runs in float32.
     """
-    out: tuple[Tensor, Tensor] = _form(q, k, v, *_pool(prompts), *_values(bias.tables), head_scale).prefix_attention(
+    form = _form(q, k, v, *_pool(prompts), *bias.values, head_scale, backward=("cpu",))
+    out: tuple[Tensor, Tensor] = form.prefix_attention(
         q, k, v, rows=rows, prompts=prompts, bias=bias, scale=scale, head_scale=head_scale, causal=causal
     )
     return out
@@ -168,7 +162,9 @@ def cross_decode_attention(
     first_positions[g] (a step, where all beams stand at one position). Prompts never enter (ofa-spec 4.3).
     q is (R, H, D), bias tables (H, positions, n_k).
     """
-    out: Tensor = _form(q, memory.key, memory.value, *_values(bias.tables), head_scale).cross_decode_attention(
+    backward: tuple[Form, ...] = ("cpu",) if memory.layout == PLAIN else ()
+    form = _form(q, memory.key, memory.value, *bias.values, head_scale, backward=backward)
+    out: Tensor = form.cross_decode_attention(
         q,
         groups=groups,
         memory=memory,
@@ -217,7 +213,7 @@ def norm_add_norm(x: Tensor, y: Tensor, inner: Affine, outer: Affine, eps: float
 
 def gelu_norm(x: Tensor, affine: Affine, eps: float) -> Tensor:
     """LN(gelu(x)) over the feed-forward width (ofa-spec 2.5), exact (erf) GELU in float32; x is (T, ffn_dim)."""
-    out: Tensor = _form(x, *affine).gelu_norm(x, affine, eps)
+    out: Tensor = _form(x, *affine, backward=("cpu",)).gelu_norm(x, affine, eps)
     return out
 
 

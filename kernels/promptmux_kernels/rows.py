@@ -94,6 +94,12 @@ class SharedBias:
         table = self.tables[self.table_of_row[row]]
         return table.dense() if isinstance(table, BiasFactors) else table
 
+    @property
+    def values(self) -> tuple[Tensor, ...]:
+        """What a gradient could flow to."""
+        parts = ((t.query, t.key, t.relative) if isinstance(t, BiasFactors) else (t,) for t in self.tables)
+        return tuple(part for table in parts for part in table)
+
     def select(self, rows: Sequence[int]) -> SharedBias:
         return SharedBias(self.tables, tuple(self.table_of_row[r] for r in rows))
 

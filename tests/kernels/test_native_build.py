@@ -8,11 +8,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from promptmux_kernels import cpu, native
+from promptmux_kernels.cpu_autograd import Attention
 from promptmux_kernels.native import __main__ as command
 from promptmux_kernels.native import build
 from promptmux_kernels.native.build import BuildError
@@ -107,6 +109,25 @@ def test_a_library_that_disagrees_with_the_reference_is_not_used(
         monkeypatch.setattr(cpu, "_self_test", lambda dtype, error=error: error)
         assert not cpu.available(torch.float32)
     assert "is off by 1.0e-02 in the self test" in caplog.text
+
+
+@pytest.mark.skipif(not cpu.available(torch.float32), reason="no compiler, or no AVX2")
+@pytest.mark.parametrize("wrong", [1e-2, float("nan")])
+@pytest.mark.parametrize("of", range(5), ids=["q", "k", "v", "prompt-key", "prompt-value"])
+def test_a_library_whose_gradients_disagree_is_not_used(
+    fresh: None, monkeypatch: pytest.MonkeyPatch, of: int, wrong: float
+) -> None:
+    assert cpu.available(torch.float32)
+    real = Attention.backward
+
+    def spoil(*arguments: Any) -> list[torch.Tensor]:
+        found = real(*arguments)
+        found[of].flatten()[-1] += wrong
+        return found
+
+    monkeypatch.setattr(Attention, "backward", spoil)
+    cpu.available.cache_clear()
+    assert not cpu.available(torch.float32)
 
 
 def test_an_unsupported_instruction_is_no_crash(

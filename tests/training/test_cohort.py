@@ -90,8 +90,10 @@ def test_a_run_that_joins_late_and_one_that_is_pruned_change_nothing_for_the_oth
 def test_randomness_that_neighbours_share_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     shared = torch.Generator().manual_seed(0)
 
-    def kept(chance: Chance, row: int, shape: tuple[int, ...], dropped: float, place: str, like: Tensor) -> Tensor:
-        return torch.empty(tuple(shape)).bernoulli_(1.0 - dropped, generator=shared) / (1.0 - dropped)
+    def kept(
+        chance: Chance, row: int, shape: tuple[int, ...], dropped: float, place: str, device: torch.device
+    ) -> Tensor:
+        return torch.empty(tuple(shape), dtype=torch.uint8).bernoulli_(1.0 - dropped, generator=shared)
 
     monkeypatch.setattr(Chance, "kept", kept)
     found = curves([tuning_run(0), tuning_run(3)])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 import tiny
-from promptmux_kernels import pack_prompts
+from promptmux_kernels import pack_rows
 from promptmux_prompts import Prompt
 from promptmux_server.backbone.sizes import OFA_SIZES
 from promptmux_server.engine.prompt_table import PromptPools
@@ -58,15 +59,14 @@ def test_training_reads_a_prompt_as_it_will_be_served() -> None:
     made, rows = method(), 6
     batch, _ = RandomBatches(1, rows).take(0)
     images = seen(tiny.model(), batch.pictures)
-    prompts = made.prompts(rows, None)
+    sides = made.prompts(rows, None)
 
     @torch.no_grad()
-    def trained(encoder: range | None, decoder: range | None) -> torch.Tensor:
-        sides = (
-            pack_prompts(prompts.encoder, prompts.of_row, [encoder]),
-            pack_prompts(prompts.decoder, prompts.of_row, [decoder]),
-        )
-        return supervised_logits(tiny.model(), batch.examples, images, *sides)[0]
+    def trained(*layers: range | None) -> torch.Tensor:
+        packed = [
+            pack_rows([replace(side, layers=own)], torch.float32) for side, own in zip(sides, layers, strict=True)
+        ]
+        return supervised_logits(tiny.model(), batch.examples, images, *packed)[0]
 
     saved = made.saved(made.parameters)
     prompt = Prompt.build(tiny.prompt(**LAYERS).manifest, *(saved[name] for name in SAVED))  # type: ignore[arg-type]
@@ -74,7 +74,7 @@ def test_training_reads_a_prompt_as_it_will_be_served() -> None:
     served = pools.batch([pools.store(prompt)] * rows)
     with torch.no_grad():
         expected, _ = supervised_logits(tiny.model(), batch.examples, images, served.encoder, served.decoder)
-    found = trained(prompts.encoder_layers, prompts.decoder_layers)
+    found = trained(*(side.layers for side in sides))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert float((trained(None, None) - expected).abs().max()) > 1e-2
 

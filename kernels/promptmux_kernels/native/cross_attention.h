@@ -41,7 +41,7 @@ void pack_memory(const at::Tensor& key, const at::Tensor& value, const std::vect
 template <typename T, typename B>
 void cross_attention(const at::Tensor& q, const std::vector<CrossGroup>& groups, const at::Tensor& keys,
                      const at::Tensor& values, const std::vector<BiasTable<B>>& tables, bool consecutive, float scale,
-                     const float* head_scale, at::Tensor& out) {
+                     const float* head_scale, at::Tensor& out, at::Tensor& lse) {
   const int64_t heads = q.size(1), dim = q.size(2), count = static_cast<int64_t>(groups.size());
   at::parallel_for(0, count * heads, 1, [&](int64_t begin, int64_t end) {
     auto& work = Workspace<T>::mine();
@@ -57,8 +57,8 @@ void cross_attention(const at::Tensor& q, const std::vector<CrossGroup>& groups,
         memory.bias = table.row(head, group.position + (consecutive ? i : 0));
         const T* query = q.const_data_ptr<T>() + token * q.stride(0) + head * q.stride(1);
         attend<T, B>(take_queries(query, q.stride(0), rows, dim, work), rows, dim, {Span<T, B>{}, memory}, scale,
-                     head_scale[head], out.data_ptr<T>() + (token * heads + head) * dim, heads * dim, nullptr, 0,
-                     work);
+                     head_scale[head], out.data_ptr<T>() + (token * heads + head) * dim, heads * dim,
+                     lse.data_ptr<float>() + token * heads + head, heads, work);
       }
     }
     at::native::cpublas::brgemm_release(PAIR<T> == 2);

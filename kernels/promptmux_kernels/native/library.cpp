@@ -10,9 +10,11 @@
 #include <tuple>
 #include <vector>
 
+#include "attention_backward.h"
 #include "cross_attention.h"
 #include "decode_attention.h"
 #include "few_rows.h"
+#include "norm_gradients.h"
 #include "norms.h"
 #include "prefix_attention.h"
 #include "top_tokens.h"
@@ -86,11 +88,13 @@ std::tuple<Tensor, Tensor> pack_memory_op(const Tensor& key, const Tensor& value
   });
 }
 
-Tensor cross_attention_op(const Tensor& q, IntArrayRef starts, IntArrayRef counts, const Tensor& keys,
-                          const Tensor& values, IntArrayRef memory_starts, IntArrayRef memory_lengths,
-                          const std::vector<Tensor>& tables, IntArrayRef table_of_row, IntArrayRef first_positions,
-                          bool consecutive, double scale, const Tensor& head_scale) {
+std::tuple<Tensor, Tensor> cross_attention_op(const Tensor& q, IntArrayRef starts, IntArrayRef counts,
+                                              const Tensor& keys, const Tensor& values, IntArrayRef memory_starts,
+                                              IntArrayRef memory_lengths, const std::vector<Tensor>& tables,
+                                              IntArrayRef table_of_row, IntArrayRef first_positions, bool consecutive,
+                                              double scale, const Tensor& head_scale) {
   Tensor out = at::zeros(q.sizes(), q.options());
+  Tensor lse = at::zeros({q.size(0), q.size(1)}, q.options().dtype(at::kFloat));
   std::vector<CrossGroup> groups;
   for (size_t g = 0; g < starts.size(); ++g)
     groups.push_back(
@@ -100,10 +104,35 @@ Tensor cross_attention_op(const Tensor& q, IntArrayRef starts, IntArrayRef count
     by_type<Half>(tables[0], [&](auto number) {
       using B = decltype(number);
       cross_attention<T, B>(q, groups, keys, values, bias_tables<B>(tables), consecutive, static_cast<float>(scale),
-                            head_scale.const_data_ptr<float>(), out);
+                            head_scale.const_data_ptr<float>(), out, lse);
     });
   });
-  return out;
+  return {out, lse};
+}
+
+std::vector<Tensor> attention_backward_op(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
+                                          const Tensor& out, const Tensor& lse, IntArrayRef starts,
+                                          IntArrayRef lengths, IntArrayRef key_starts, IntArrayRef key_lengths,
+                                          const Tensor& prompt_key, const Tensor& prompt_value,
+                                          const Tensor& prompt_table, IntArrayRef prompt_lengths,
+                                          const std::vector<Tensor>& tables, IntArrayRef table_of_row,
+                                          IntArrayRef first_positions, double scale, const Tensor& head_scale,
+                                          bool causal, bool queries, bool keys, bool prompts) {
+  std::vector<GradientRow> rows;
+  for (size_t r = 0; r < starts.size(); ++r)
+    rows.push_back({starts[r], lengths[r], key_starts[r], key_lengths[r], table_of_row[r], first_positions[r],
+                    prompt_lengths[r], 0});
+  return by_type<BFloat16>(q, [&](auto element) {
+    using T = decltype(element);
+    return by_type<Half>(tables[0], [&](auto number) {
+      using B = decltype(number);
+      return AttentionBackward<T, B>(grad, q, k, v, out, lse, {prompt_key, prompt_value, prompt_table},
+                                     prompt_key.size(0), rows, bias_tables<B>(tables),
+                                     head_scale.const_data_ptr<float>(), static_cast<float>(scale), causal,
+                                     {queries, keys, prompts})
+          .run();
+    });
+  });
 }
 
 void write_cache_op(Tensor cache_key, Tensor cache_value, const Tensor& slots, const Tensor& key,
@@ -129,6 +158,15 @@ Tensor gelu_norm_op(const Tensor& x, const Tensor& weight, const Tensor& bias, d
     gelu_norm<T>(x, weight.const_data_ptr<T>(), bias.const_data_ptr<T>(), static_cast<float>(eps), out);
   });
   return out;
+}
+
+Tensor gelu_norm_gradient_op(const Tensor& x, const Tensor& weight, double eps, const Tensor& out_gradient) {
+  Tensor x_gradient = at::empty(x.sizes(), x.options());
+  by_type<BFloat16>(x, [&](auto element) {
+    using T = decltype(element);
+    gelu_norm_gradient<T>(x, weight.const_data_ptr<T>(), static_cast<float>(eps), out_gradient, x_gradient);
+  });
+  return x_gradient;
 }
 
 Tensor few_rows_op(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -185,10 +223,16 @@ TORCH_LIBRARY(promptmux_cpu, library) {
   library.def(
       "cross_attention(Tensor q, int[] starts, int[] counts, Tensor keys, Tensor values, int[] memory_starts, "
       "int[] memory_lengths, Tensor[] tables, int[] table_of_row, int[] first_positions, bool consecutive, "
-      "float scale, Tensor head_scale) -> Tensor");
+      "float scale, Tensor head_scale) -> (Tensor, Tensor)");
+  library.def(
+      "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, int[] starts, "
+      "int[] lengths, int[] key_starts, int[] key_lengths, Tensor prompt_key, Tensor prompt_value, "
+      "Tensor prompt_table, int[] prompt_lengths, Tensor[] tables, int[] table_of_row, int[] first_positions, "
+      "float scale, Tensor head_scale, bool causal, bool queries, bool keys, bool prompts) -> Tensor[]");
   library.def(
       "write_cache(Tensor(a!) cache_key, Tensor(b!) cache_value, Tensor slots, Tensor key, Tensor value) -> ()");
   library.def("gelu_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor");
+  library.def("gelu_norm_gradient(Tensor x, Tensor weight, float eps, Tensor out_gradient) -> Tensor");
   library.def("pack_weight(Tensor weight) -> Tensor");
   library.def("wide_product(Tensor x, Tensor packed, int neurons) -> Tensor");
   library.def("log_normalisers(Tensor logits) -> Tensor");
@@ -201,8 +245,10 @@ TORCH_LIBRARY_IMPL(promptmux_cpu, CPU, library) {
   library.impl("prefix_decode_attention", prefix_decode_attention_op);
   library.impl("pack_memory", pack_memory_op);
   library.impl("cross_attention", cross_attention_op);
+  library.impl("attention_backward", attention_backward_op);
   library.impl("write_cache", write_cache_op);
   library.impl("gelu_norm", gelu_norm_op);
+  library.impl("gelu_norm_gradient", gelu_norm_gradient_op);
   library.impl("pack_weight", pack_weight_op);
   library.impl("wide_product", wide_product_op);
   library.impl("log_normalisers", log_normalisers_op);

@@ -24,24 +24,22 @@ void normalise(const float* row, Vec total, int64_t dim, const T* weight, const 
     store(out + d, (load(row + d) - mean) * scale * load(weight + d) + load(bias + d));
 }
 
-// x * (1 + erf(x / sqrt 2)) / 2 with Abramowitz and Stegun 7.1.26: |error of erf| < 1.5e-7, a rounding of float32.
-inline Vec gelu(Vec x) {
-  const Vec z = x * splat(0.70710678118654752f);
-  const Vec size = max(z, splat(0.f) - z);
+// erf(size) for size >= 0, where `decay` is e^(-size^2): Abramowitz and Stegun 7.1.26, |error| < 1.5e-7, a rounding of
+// float32.
+inline Vec erf_of_size(Vec size, Vec decay) {
   const Vec t = splat(1.f) / (splat(0.3275911f) * size + splat(1.f));
   Vec p = splat(1.061405429f);
   p = p * t + splat(-1.453152027f);
   p = p * t + splat(1.421413741f);
   p = p * t + splat(-0.284496736f);
   p = p * t + splat(0.254829592f);
-  const Vec tail = p * t * exp(splat(0.f) - size * size);  // 1 - erf(size)
-  return splat(0.5f) * x + splat(0.5f) * max(x, splat(0.f) - x) * (splat(1.f) - tail);
+  return splat(1.f) - p * t * decay;
 }
 
-// As `gelu`, with |error of erf| < 3e-5 (a polynomial fitted to |x| <= 3 sqrt 2; flat beyond): for numbers of which
-// bfloat16 keeps 4e-3, and neither a division nor an exponential.
-inline Vec rough_gelu(Vec x) {
-  const Vec near = min(splat(3.f), max(splat(-3.f), x * splat(0.70710678118654752f)));
+// erf(x), |error| < 3e-5 (a polynomial fitted to |x| <= 3; flat beyond): for numbers of which bfloat16 keeps 4e-3, and
+// neither a division nor an exponential.
+inline Vec rough_erf(Vec x) {
+  const Vec near = min(splat(3.f), max(splat(-3.f), x));
   const Vec u = near * near;
   Vec p = splat(4.074205151e-8f);
   p = p * u + splat(-1.9448205e-6f);
@@ -52,8 +50,22 @@ inline Vec rough_gelu(Vec x) {
   p = p * u + splat(0.11107933f);
   p = p * u + splat(-0.37531486f);
   p = p * u + splat(1.1282685f);
+  return p * near;
+}
+
+constexpr float ROOT_HALF = 0.70710678118654752f;
+
+inline Vec size_of(Vec x) { return max(x, splat(0.f) - x); }
+
+// x * (1 + erf(x / sqrt 2)) / 2.
+inline Vec gelu(Vec x) {
+  const Vec size = size_of(x * splat(ROOT_HALF));
+  const Vec erf = erf_of_size(size, exp(splat(0.f) - size * size));
+  return splat(0.5f) * x + splat(0.5f) * size_of(x) * erf;
+}
+inline Vec rough_gelu(Vec x) {
   const Vec half = splat(0.5f) * x;
-  return half + half * (p * near);
+  return half + half * rough_erf(x * splat(ROOT_HALF));
 }
 
 template <typename T>

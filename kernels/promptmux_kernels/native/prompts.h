@@ -26,10 +26,12 @@ struct PromptPages {
     TORCH_CHECK(pool_key.size(2) == PAGE && pool_value.sizes() == pool_key.sizes(), "K and V pages must be alike and hold ", PAGE, " keys");
   }
 
+  // Which page holds prompt position j of a row.
+  int64_t page(int64_t row, int64_t j) const { return table[row * columns + j / PAGE]; }
+
   // Where prompt position j of a row begins in either pool, for one head.
   int64_t offset(int64_t row, int64_t head, int64_t j) const {
-    const int64_t page = table[row * columns + j / PAGE];
-    return ((page * heads + head) * PAGE + j % PAGE) * dim;
+    return ((page(row, j) * heads + head) * PAGE + j % PAGE) * dim;
   }
 };
 

@@ -105,6 +105,14 @@ inline void store_pairs(BFloat16* p, Vec even, Vec odd) {
   const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
   _mm512_storeu_si512(p, _mm512_mask_mov_epi16(low, 0xaaaaaaaau, _mm512_castps_si512(odd)));
 }
+#if defined(__AVX512BF16__)
+// As `store_pairs`, of any two vectors, which are rounded.
+inline void round_pairs(BFloat16* p, Vec even, Vec odd) {
+  const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
+  const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
+  _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+#endif
 
 #else
 

@@ -7,11 +7,15 @@ drawn, and a layer that is computed twice leaves out the same twice. Nothing of 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+PARTS = 2**16
+"""A share to be dropped is so many of these; 0.2 is so 0.200002."""
 
 
 @dataclass(frozen=True)
@@ -25,16 +29,27 @@ class Chance:
     """Number in the batch of the first row here; `apart` is how far from it the next one is."""
     apart: int = 1
 
-    def kept(self, row: int, shape: Sequence[int], dropped: float, place: str, like: Tensor) -> Tensor:
-        """What multiplies numbers of which a share is dropped: 0, or 1 / (1 - dropped); device and type as `like`.
+    def kept(self, row: int, shape: Sequence[int], dropped: float, place: str, device: torch.device) -> Tensor:
+        """1 where a number is kept, 0 where it is dropped: uint8. `row` counts the rows that are here.
 
-        `row` counts the rows that are here.
+        Four numbers are decided by 64 random bits: PyTorch's own draw of as many takes five times as long.
         """
-        generator = torch.Generator(like.device).manual_seed(self._number(row, place))
-        kept = torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
-        return kept.bernoulli_(1.0 - dropped, generator=generator).div_(1.0 - dropped)
+        generator = torch.Generator(device).manual_seed(self._number(row, place))
+        words = torch.empty(-(-math.prod(shape) // 4), dtype=torch.int64, device=device)
+        bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: math.prod(shape)]
+        return (bits >= _parts(dropped) - 2**15).view(torch.uint8).view(tuple(shape))
 
     def _number(self, row: int, place: str) -> int:
         """32 bits, all that torch's CPU generator takes of a seed."""
         text = f"{self.seed} {self.step} {self.part} {self.first + row * self.apart} {place}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big")
+
+
+def scale(dropped: float) -> float:
+    """What numbers that are kept are multiplied by, so that their mean stays what it was."""
+    return PARTS / (PARTS - _parts(dropped))
+
+
+def _parts(dropped: float) -> int:
+    """A share as 16 bits can decide it."""
+    return min(round(dropped * PARTS), PARTS - 1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from promptmux_kernels import Rows
-from promptmux_server.training.chance import Chance
+from promptmux_server.training.chance import Chance, scale
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class PlaceNoise:
     def elements(self, x: Tensor) -> Tensor:
         here, lengths = self._here(), iter(self.rows.lengths)
         masks = [
-            run.chance.kept(row, (next(lengths), x.shape[1]), run.dropout, here, x)
+            run.chance.kept(row, (next(lengths), x.shape[1]), run.dropout, here, x.device)
+            * x.new_tensor(scale(run.dropout))
             for run in self.runs
             for row in range(run.rows)
         ]
@@ -63,8 +64,8 @@ class PlaceNoise:
     def branches(self, x: Tensor) -> Tensor:
         here = self._here()
         kept = [
-            run.chance.kept(row, (1,), run.drop_path * self.depth, here, x)
-            for run in self.runs
+            run.chance.kept(row, (1,), dropped, here, x.device) * x.new_tensor(scale(dropped))
+            for run, dropped in ((run, run.drop_path * self.depth) for run in self.runs)
             for row in range(run.rows)
         ]
         lengths = torch.tensor(self.rows.lengths, device=x.device)

@@ -12,14 +12,14 @@ from dataclasses import replace
 
 import torch
 
-from promptmux_kernels import PromptBatch, pack_prompts
+from promptmux_kernels import PromptBatch, pack_rows
 from promptmux_server.backbone.assemble import serving_dtype
 from promptmux_server.backbone.encoder import ImageTokens
 from promptmux_server.backbone.passes import PassOptions
 from promptmux_server.training.batch import Picture, seen
 from promptmux_server.training.forward import Example, supervised_logits
 from promptmux_server.training.loss import LossNumbers
-from promptmux_server.training.methods.method import KeyValue
+from promptmux_server.training.methods.method import Sides
 from promptmux_server.training.noise import BatchNoise, RunNoise
 from promptmux_server.training.recipe import ComputeRecipe
 from promptmux_server.training.run import Part, Run
@@ -79,19 +79,12 @@ def _pictures(sharing: Sharing) -> Iterator[Picture]:
 
 def _prompts(sharing: Sharing) -> tuple[PromptBatch | None, PromptBatch | None]:
     """Both sides' prompts of all rows in one pool each."""
-    encoder: list[KeyValue] = []
-    decoder: list[KeyValue] = []
-    encoder_layers: list[range | None] = []
-    decoder_layers: list[range | None] = []
-    of_row: list[int] = []
+    sides: list[Sides] = []
     for run, part in sharing:
         prompts = run.method.prompts(len(part.batch.examples), part.chance)
         if prompts is None:
             assert len(sharing) == 1, "a method without prompts has a model of its own"
             return None, None
-        of_row += [len(encoder) + index for index in prompts.of_row]
-        encoder += prompts.encoder
-        decoder += prompts.decoder
-        encoder_layers += [prompts.encoder_layers] * len(prompts.encoder)
-        decoder_layers += [prompts.decoder_layers] * len(prompts.decoder)
-    return pack_prompts(encoder, of_row, encoder_layers), pack_prompts(decoder, of_row, decoder_layers)
+        sides.append(prompts)
+    dtype = sharing[0][0].method.model.dtype
+    return pack_rows([encoder for encoder, _ in sides], dtype), pack_rows([decoder for _, decoder in sides], dtype)

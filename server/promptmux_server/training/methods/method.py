@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Protocol
 
 from torch import Tensor, nn
 
+from promptmux_kernels import RowsPrompt
 from promptmux_server.backbone.model import OFA
 from promptmux_server.training.chance import Chance
 
@@ -15,16 +15,8 @@ KeyValue = tuple[Tensor, Tensor]
 """A prompt's K and V in one side of the backbone, each (layers, H, P, D)."""
 
 
-@dataclass(frozen=True)
-class RowPrompts:
-    """Prompts of both sides, as many of each, and which of them every row reads."""
-
-    encoder: Sequence[KeyValue]
-    decoder: Sequence[KeyValue]
-    of_row: Sequence[int]
-    encoder_layers: range | None = None
-    """Those that carry the prompts; None: all."""
-    decoder_layers: range | None = None
+Sides = tuple[RowsPrompt, RowsPrompt]
+"""What stands in front of rows, in encoder and decoder."""
 
 
 class Method(Protocol):
@@ -45,7 +37,7 @@ class Method(Protocol):
         """Whether it changes what the stem makes of a picture, so that nothing seen before may be used."""
         ...
 
-    def prompts(self, rows: int, chance: Chance | None) -> RowPrompts | None:
+    def prompts(self, rows: int, chance: Chance | None) -> Sides | None:
         """What stands in front of `rows` rows; with a chance they are thinned for training. None: nothing."""
         ...
 

@@ -7,17 +7,19 @@ shared by all prompts, and only read.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from promptmux_kernels import RowsPrompt, Thinning
 from promptmux_prompts.importers.ofa import fold_generator, split_table
 from promptmux_server.backbone.config import BackboneConfig
 from promptmux_server.backbone.model import OFA
-from promptmux_server.training.chance import Chance
+from promptmux_server.training.chance import Chance, scale
 from promptmux_server.training.initial import FROM_NOISE, Begin, initial_table
-from promptmux_server.training.methods.method import KeyValue, RowPrompts
+from promptmux_server.training.methods.method import KeyValue, Sides
 from promptmux_server.training.recipe import PromptRecipe, RecipeError
 
 
@@ -44,17 +46,9 @@ class DeepPrompts:
             for number, (name, shape) in enumerate(prompt_shapes(model.config, recipe).items())
         }
 
-    def prompts(self, rows: int, chance: Chance | None) -> RowPrompts:
-        encoder, decoder = (self._side(side, self.parameters) for side in self._layers)
-        layers = self._layers["encoder"], self._layers["decoder"]
-        if chance is None or self._recipe.dropout == 0.0:
-            return RowPrompts([encoder], [decoder], [0] * rows, *layers)
-        return RowPrompts(
-            self._thinned(encoder, rows, chance, "encoder prompt"),
-            self._thinned(decoder, rows, chance, "decoder prompt"),
-            range(rows),
-            *layers,
-        )
+    def prompts(self, rows: int, chance: Chance | None) -> Sides:
+        encoder, decoder = (self._in_front(side, rows, chance) for side in self._layers)
+        return encoder, decoder
 
     def adapted(self, values: Mapping[str, Tensor]) -> OFA:
         return self.model
@@ -88,16 +82,15 @@ class DeepPrompts:
         layers, width = self._layers[side], 2 * self.model.config.d_model
         return None if table is None else table[:, layers.start * width : layers.stop * width]
 
-    def _thinned(self, side: KeyValue, rows: int, chance: Chance, place: str) -> list[KeyValue]:
-        """Every row's own copy, with numbers dropped one by one, as released."""
-        key, value = (
-            part
-            * torch.stack(
-                [chance.kept(row, part.shape, self._recipe.dropout, f"{place} {name}", part) for row in range(rows)]
-            )
-            for part, name in zip(side, ("key", "value"), strict=True)
-        )
-        return list(zip(key, value, strict=True))
+    def _in_front(self, side: str, rows: int, chance: Chance | None) -> RowsPrompt:
+        """With a chance every row has its own copy, with numbers dropped one by one, as released."""
+        prompt = RowsPrompt.of(*self._side(side, self.parameters), rows, self._layers[side])
+        dropped = self._recipe.dropout
+        if chance is None or dropped == 0.0:
+            return prompt
+        shape, device = (2, *prompt.key.shape), prompt.key.device
+        kept = [chance.kept(row, shape, dropped, f"{side} prompt", device) for row in range(rows)]
+        return replace(prompt, thinning=Thinning(kept, scale(dropped)))
 
 
 def _initial(shape: Sequence[int], seed: int, begin: Tensor | None) -> Tensor:
