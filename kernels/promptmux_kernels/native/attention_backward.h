@@ -13,6 +13,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
 #include "attend.h"
@@ -20,6 +21,8 @@
 #include "prompts.h"
 
 namespace promptmux {
+
+constexpr int64_t BIAS_AHEAD = 16;  // rows of a bias table fetched before their turn
 
 // One row: its queries and the keys of its own that they see, on the flat axes of q and of k and v.
 struct GradientRow {
@@ -251,6 +254,7 @@ class AttentionBackward {
           Vec score = load(scores + query * width + j) * factor;
           if (tile.bias) {
             const B* bias = tile.bias + (begin + query) * tile.bias_pitch + j;
+            _mm_prefetch(reinterpret_cast<const char*>(bias + BIAS_AHEAD * tile.bias_pitch), _MM_HINT_T0);
             score = score + (j + WIDTH <= tile.count ? load(bias) : load_first(bias, tile.count - j));
           }
           score = score - splat(lse[query * heads_]);
