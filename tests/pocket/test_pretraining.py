@@ -15,7 +15,7 @@ from torch import nn
 from promptmux_server.backbone.tokenizer import Tokenizer, train_tokenizer
 from promptmux_server.backbone.vision import VisionStem
 from promptmux_server.backbone.weights import load_backbone
-from promptmux_server.pocket import WEIGHTS
+from promptmux_server.pocket import WEIGHTS, export
 from promptmux_server.pocket import stem as stem_lesson
 from promptmux_server.pocket.colours import TINTS
 from promptmux_server.pocket.dataset import Pixels, SceneDataset
@@ -184,6 +184,26 @@ def test_a_new_vocabularys_words_begin_as_the_mean_of_their_old_pieces() -> None
     torch.testing.assert_close(carried[new.first_bin_id :], rows[old.first_bin_id :])
     (word,) = new.encode(" zzyzx")
     torch.testing.assert_close(carried[word], rows[torch.tensor(old.encode(" zzyzx"))].mean(0))
+
+
+def test_what_was_learned_is_shipped_with_its_logs(
+    lesson: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(pretraining(lesson, tmp_path / "run"), SCENES)
+    lesson.with_suffix(".jsonl").write_text("{}\n")
+    given = {
+        "run": tmp_path / "run",
+        "tokenizer": WEIGHTS,
+        "lesson": lesson.with_suffix(".jsonl"),
+        "out": tmp_path / "out",
+    }
+    monkeypatch.setattr("sys.argv", ["export", *(f"--{name}={path}" for name, path in given.items())])
+    export.main()
+    shipped, learned = load_backbone(tmp_path / "out"), load_file(tmp_path / "run" / "checkpoint.safetensors")
+    name = "decoder.layers.0.fc1.weight"
+    assert torch.equal(shipped.tensors[name], learned[f"model/{name}"].to(torch.bfloat16))
+    assert (tmp_path / "out" / "stem.jsonl").exists()
+    assert (tmp_path / "out" / "train.jsonl").exists()
 
 
 def test_a_place_is_taught_as_a_bell_over_its_neighbours() -> None:

@@ -33,12 +33,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write the shipped backbone from a pretraining run.")
     parser.add_argument("--run", type=Path, default=Path("var/pocket/run"))
     parser.add_argument("--tokenizer", type=Path, default=Path("var/pocket/tokenizer"))
+    parser.add_argument(
+        "--lesson", type=Path, default=Path("var/pocket/stem.jsonl"), help="the log of the stem's lesson"
+    )
     parser.add_argument("--out", type=Path, default=Path("server/promptmux_server/pocket/weights"))
     arguments = parser.parse_args()
     shutil.rmtree(arguments.out, ignore_errors=True)
     backbone = from_checkpoint(arguments.run, arguments.tokenizer)
     write_backbone(arguments.out, backbone)
-    shutil.copy(arguments.run / "train.jsonl", arguments.out / "train.jsonl")
+    for log in (arguments.run / "train.jsonl", arguments.lesson):
+        shutil.copy(log, arguments.out / log.name)
     print(f"{arguments.out}: fingerprint {backbone.fingerprint}")
 
 
