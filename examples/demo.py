@@ -1,4 +1,4 @@
-"""`make demo`: start a server, answer real pictures of four tasks in one batch, show the answers, stop the server.
+"""`make demo`: start a server, answer real pictures of seven tasks in one batch, show the answers, stop the server.
 
 Everything here is public: the command `promptmux serve`, and the client.
 """

@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from promptmux_prompts import load_manifest
+from promptmux_server.backbone.weights import load_backbone
+from promptmux_server.pocket import LIBRARY, WEIGHTS
 from promptmux_server.pocket.art import KINDS
 from promptmux_server.pocket.dataset import Pixels, SceneDataset
 from promptmux_server.pocket.easy_vqa import EASY_VQA, write_files
@@ -148,3 +151,23 @@ def test_recipes_are_those_that_the_program_writes_and_training_reads(name: str)
 def test_easy_vqa_asks_for_shapes_that_no_scene_shows() -> None:
     assert EASY_VQA.answers is not None
     assert not {"circle", "rectangle", "triangle"} & set(KINDS)
+
+
+@pytest.mark.parametrize("name", POCKET_TASKS)
+def test_what_is_shipped_said_and_scored_agrees(name: str) -> None:
+    scores = json.loads((RECIPES / f"{name}.score.json").read_text())
+    backbone = load_backbone(WEIGHTS)
+    path = LIBRARY / f"{name}.safetensors"
+    manifest = load_manifest(path, shape=backbone.prompt_shape, fingerprint=backbone.fingerprint)
+    tuned = scores["prompt"]
+    assert manifest.metric == {"name": tuned["metric"], "value": round(tuned["value"], 4), "n": tuned["n"]}
+    curve = [json.loads(line) for line in (RECIPES / f"{name}.curve.jsonl").read_text().splitlines()]
+    assert max(line["step"] for line in curve) == LEARNING[name].steps
+    for document in ("README.md", "docs/pocket.md"):
+        lines = (RECIPES.parent.parent / document).read_text().splitlines()
+        (row,) = (line for line in lines if line.startswith(f"| `{name}` |"))
+        assert f"| {percent(scores['alone']['value'])} | {percent(tuned['value'])}" in row
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}%"

@@ -19,7 +19,7 @@ from promptmux_server.pocket.tasks import PocketTask
 EASY_VQA = PocketTask(
     name="easy-vqa",
     kind="answer",
-    instruction=" {text}",
+    instruction=" scene: {text} describe in a word.",
     answers=(
         *("yes", "no", "circle", "rectangle", "triangle"),
         *("red", "green", "blue", "yellow", "teal", "brown", "gray", "black"),

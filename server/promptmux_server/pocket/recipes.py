@@ -27,13 +27,13 @@ class Learning:
 
 LEARNING: Mapping[str, Learning] = {
     "scene-caption": Learning(500, " what does the image describe?"),
-    "scene-vqa": Learning(1200, " question: answer in a word."),
-    "scene-entailment": Learning(1000, " does the image describe "),
+    "scene-vqa": Learning(1600, " question: answer in a word."),
+    "scene-entailment": Learning(600, " does the image describe "),
     "scene-grounding": Learning(1000, " where is ?"),
-    "scene-counting": Learning(800, " question: how many things are there? answer in a word."),
-    "scene-odd-one-out": Learning(600, " question: what is there? answer in a word."),
+    "scene-counting": Learning(600, " question: how many things are there? answer in a word."),
+    "scene-odd-one-out": Learning(400, " question: what is there? answer in a word."),
     "scene-category": Learning(600, " question: what is there? answer in a word."),
-    "easy-vqa": Learning(1000, " question: answer in a word."),
+    "easy-vqa": Learning(1600, " question: answer in a word."),
 }
 
 

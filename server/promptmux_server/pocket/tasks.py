@@ -1,7 +1,9 @@
 """The tasks that `pocket`'s shipped prompts answer about scenes: wording, answer sets, and what is right.
 
-No task shares its wording with pretraining (`samples`): that difference is what a prompt has to learn. The last three
-ask what pretraining never asked. Knows no tokens and no files.
+No task shares its wording with pretraining (`samples`): that difference is what a prompt has to learn. But the text of
+a question stands as many tokens behind the beginning as there: what compares two things reads them by their places,
+and a prompt cannot move a text (docs/log.md). The last three ask what pretraining never asked. Knows no tokens and no
+files.
 """
 
 from __future__ import annotations
@@ -122,27 +124,27 @@ TASKS: Mapping[str, SceneTask] = {
         SceneTask(
             name="scene-vqa",
             kind="answer",
-            instruction=" {text}",
+            instruction=" scene: {text} describe in a word.",
             sample=_answer,
             answers=("yes", "no", *NUMBERS, *TINTS, *KINDS),
         ),
         SceneTask(
             name="scene-entailment",
             kind="label",
-            instruction=' can image imply " {text} "?',
+            instruction=' can the image imply " {text} "?',
             sample=_entailment,
             answers=("entailment", "contradiction", "neutral"),
         ),
         SceneTask(
             name="scene-grounding",
             kind="box",
-            instruction=' which region does the text " {text} " describe?',
+            instruction=" region of {text}?",
             sample=_grounding,
         ),
         SceneTask(
             name="scene-counting",
             kind="answer",
-            instruction=" count the {text}.",
+            instruction=" scene: count of {text} in image? describe in a word.",
             sample=_counting,
             answers=NUMBERS,
         ),
@@ -156,7 +158,7 @@ TASKS: Mapping[str, SceneTask] = {
         SceneTask(
             name="scene-category",
             kind="answer",
-            instruction=" what sort of thing is {text}?",
+            instruction=" scene: what sort {text}? describe in a word.",
             sample=_category,
             answers=CATEGORIES,
         ),
