@@ -20,6 +20,8 @@ from promptmux_server.training.search.canvas import BEST, COMPLETE, GRID, QUIET,
 COLUMNS = 4
 SMOOTH = 25
 """Steps that one point of the loss is the mean of."""
+SCALES = {"cider": 10.0}
+"""The best score of validation, where that is not 1."""
 
 
 def plot(folder: Path, names: Sequence[str]) -> Sequence[Path]:
@@ -29,7 +31,7 @@ def plot(folder: Path, names: Sequence[str]) -> Sequence[Path]:
         3.6 * COLUMNS,
         2.9 * rows + 0.8,
         "The embedded backbone's prompts, as they were learned",
-        "points: score on validation lines; dashed: on held-out lines, through the engine that serves",
+        "points: validation (captions: CIDEr-D / 10); dashed: held-out lines, through the engine that serves",
     )
     panels = list(made.subplots(rows, COLUMNS, squeeze=False).flat)
     for unused in panels[len(names) :]:
@@ -44,7 +46,7 @@ def plot(folder: Path, names: Sequence[str]) -> Sequence[Path]:
 def _panel(axes: Axes, lines: Iterable[dict[str, Any]], final: float) -> None:
     lines = list(lines)
     nll = np.array([line["nll"] for line in lines if "nll" in line])
-    scores = [(line["step"], line["value"]) for line in lines if "value" in line]
+    scores = [(line["step"], line["value"] / SCALES.get(line["metric"], 1.0)) for line in lines if "value" in line]
     width = min(SMOOTH, len(nll))
     smooth = np.convolve(nll, np.ones(width) / width, "valid")
     loss = axes.twinx()
