@@ -6,7 +6,7 @@ import base64
 import io
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from promptmux_server.backbone.weights import LoadedBackbone
 from promptmux_server.backbone.weights.random_init import random_backbone
 from promptmux_server.engine.engine import Engine
 from promptmux_server.engine.prompt_table import NO_PROMPT, PromptPools
-from promptmux_server.engine.rehearsal import Rehearsal, record_canaries
+from promptmux_server.engine.rehearsal import NEAR_PLACES, Rehearsal, record_canaries
 from promptmux_server.engine.request import Request
 from promptmux_server.errors import (
     BackendUnhealthy,
@@ -89,6 +89,37 @@ def test_other_tokens_fail_and_both_are_shown() -> None:
     with pytest.raises(CanaryFailed) as caught:
         rehearse(bad)
     assert caught.value.details == {"index": 1, "expected": [9] * 32, "got": list(right[:32])}
+
+
+FIRST_BIN = tiny.model().config.first_bin_id
+NEAR = int(NEAR_PLACES * (tiny.model().config.num_bins - 1))
+
+
+@pytest.mark.parametrize(
+    ("written", "passes"),
+    [
+        ((7, FIRST_BIN + 1, 2), True),
+        ((7, FIRST_BIN + 1 + NEAR, 2), True),
+        ((7, FIRST_BIN + 2 + NEAR, 2), False),
+        ((8, FIRST_BIN + 1, 2), False),  # words are not near one another
+        ((7, FIRST_BIN - 1, 2), False),
+        ((7, FIRST_BIN + 1), False),
+    ],
+)
+def test_places_may_lie_a_little_apart_and_nothing_else(
+    written: tuple[int, ...], passes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(*_: object) -> Generator[None, None, tuple[int, ...]]:
+        yield
+        return written
+
+    monkeypatch.setattr(Rehearsal, "_written", write)
+    told = tiny.prompt(scale=3.0, canary=(Canary(tokens=(7, FIRST_BIN + 1, 2), text="the dog"),))
+    if passes:
+        assert rehearse(told) > 0
+    else:
+        with pytest.raises(CanaryFailed):
+            rehearse(told)
 
 
 def test_swapped_sides_of_one_shape_are_found() -> None:
