@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 
 from promptmux_server.pocket.recipes import FOLDER, POCKET_TASKS
-from promptmux_server.training.search.canvas import BEST, COMPLETE, GRID, QUIET, figure, plain, save
+from promptmux_server.training.search.canvas import BEST, COMPLETE, GRID, QUIET, Panel, figure, plain, save
 
 COLUMNS = 4
 SMOOTH = 25
@@ -43,7 +42,7 @@ def plot(folder: Path, names: Sequence[str]) -> Sequence[Path]:
     return save(made, folder, "curves")
 
 
-def _panel(axes: Axes, lines: Iterable[dict[str, Any]], final: float) -> None:
+def _panel(axes: Panel, lines: Iterable[dict[str, Any]], final: float) -> None:
     lines = list(lines)
     nll = np.array([line["nll"] for line in lines if "nll" in line])
     scores = [(line["step"], line["value"] / SCALES.get(line["metric"], 1.0)) for line in lines if "value" in line]

@@ -14,6 +14,9 @@ BEST, COMPLETE, RUNNING, PRUNED, FAILED = "#d1495b", "#2a6f97", "#3d9a8b", "#b3b
 DOTS_PER_INCH = 160
 FORMATS = ("png", "svg")
 
+Panel = Axes
+"""One coordinate system of a figure, by a name that needs no matplotlib."""
+
 
 def figure(width: float, height: float, title: str, subtitle: str) -> Figure:
     """A figure in inches with its title, to the left as text is read."""
