@@ -268,9 +268,14 @@ def test_deterministic_answers_are_the_same_bits_under_any_load(start: Start, ho
 def test_without_it_some_bit_differs(start: Start) -> None:
     """The control: were batches the same bits anyway, the test above would show nothing."""
     engine = start()
-    answers = [scores_under_load(engine, needle, seed) for seed in range(30)]
-    assert len({answer.score for answer in answers}) > 1
-    assert len({str(answer.output) for answer in answers}) == 1
+    found: set[tuple[str, float]] = set()
+    for seed in range(150):  # on a busy machine the crowd may come too late for dozens of them
+        answer = scores_under_load(engine, needle, seed)
+        found.add((str(answer.output), answer.score))
+        if len(found) > 1:
+            break
+    assert len({score for _, score in found}) > 1
+    assert len({output for output, _ in found}) == 1
 
 
 # -- a device that fails (A-21, A-22) -------------------------------------------------------------------------------
