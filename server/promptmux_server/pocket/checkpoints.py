@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from promptmux_server.training.curve import write_durably
+
 
 def save(path: Path, step: int, modules: Mapping[str, nn.Module], optimizer: Optimizer) -> None:
-    """Write beside the old file and rename, so that a kill never leaves half of it."""
+    """A kill leaves the old file or this one; raises CheckpointNotWritten."""
     tensors = {
         f"{name}/{k}": v.contiguous() for name, module in modules.items() for k, v in module.state_dict().items()
     }
     for index, entries in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{key}": value.contiguous() for key, value in entries.items()}
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata={"step": str(step)})
-    os.replace(temporary, path)
+    write_durably(path, serialise(tensors, {"step": str(step)}))
 
 
 def restore(path: Path, modules: Mapping[str, nn.Module], optimizer: Optimizer) -> int:

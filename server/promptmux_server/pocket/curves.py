@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,7 @@ def plot(folder: Path, names: Sequence[str]) -> Sequence[Path]:
     return save(made, folder, "curves")
 
 
-def _panel(axes: Panel, lines: Iterable[dict[str, Any]], final: float) -> None:
-    lines = list(lines)
+def _panel(axes: Panel, lines: Sequence[dict[str, Any]], final: float) -> None:
     nll = np.array([line["nll"] for line in lines if "nll" in line])
     scores = [(line["step"], line["value"] / SCALES.get(line["metric"], 1.0)) for line in lines if "value" in line]
     width = min(SMOOTH, len(nll))

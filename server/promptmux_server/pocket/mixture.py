@@ -38,8 +38,6 @@ def training_examples(
     tokenizer: Tokenizer,
     config: BackboneConfig,
     rng: random.Random,
-    *,
-    described: bool,
 ) -> list[Example]:
     """`count` pretraining examples about one scene, which is picture number `image` of its batch."""
     return [
@@ -49,5 +47,5 @@ def training_examples(
             target=part_ids(sample.target, tokenizer, config),
             image=image,
         )
-        for sample in pretrain_samples(scene, rng, count, described=described)
+        for sample in pretrain_samples(scene, rng, count, described=False)
     ]

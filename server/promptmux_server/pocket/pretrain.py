@@ -36,7 +36,7 @@ from promptmux_server.pocket.patches import (
     WORD_ANSWERS,
     WORDS,
 )
-from promptmux_server.pocket.recipe import NUM_BINS, Recipe, initialise, pocket_config
+from promptmux_server.pocket.recipe import NUM_BINS, STEM, Recipe, initialise, pocket_config
 from promptmux_server.pocket.scenes import Scene
 from promptmux_server.pocket.vocabulary import carried_over
 from promptmux_server.training.forward import Example
@@ -44,7 +44,6 @@ from promptmux_server.training.loss import Loss
 
 MENTIONS_WEIGH = 0.3
 """Of what the encoder knows of named things, beside the mean loss of the texts."""
-STEM = "encoder.embed_images."
 CHECKPOINT = "checkpoint.safetensors"
 CHECKPOINT_EVERY = 250
 LOG_EVERY = 25
@@ -150,13 +149,10 @@ class Pretraining:
         rng = random.Random(self.recipe.seed * 1_000_003 + self.step)
         chosen = [data[rng.randrange(len(data))] for _ in range(self.recipe.images)]
         pixels = to_pixels(torch.stack([torch.from_numpy(image.copy()) for image, _ in chosen]))
-        described = self.step < self.recipe.described_steps
         examples = [
             example
             for index, (_, scene) in enumerate(chosen)
-            for example in training_examples(
-                scene, index, self.recipe.texts, self.tokenizer, self.config, rng, described=described
-            )
+            for example in training_examples(scene, index, self.recipe.texts, self.tokenizer, self.config, rng)
         ]
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.rate(self.step)

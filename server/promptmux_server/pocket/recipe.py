@@ -11,6 +11,8 @@ from promptmux_server.backbone.vision import Bottleneck
 
 NUM_BINS = 128
 """Location symbols: one a pixel."""
+STEM = "encoder.embed_images."
+"""What the names of the stem's weights begin with in a backbone."""
 
 
 def pocket_config(text_vocab_size: int) -> BackboneConfig:
@@ -44,8 +46,6 @@ class Recipe:
     steps: int = 6000
     images: int = 16
     texts: int = 6
-    described_steps: int = 0
-    """Until then every picture is described whole in each step; after that, once it can be, questions take the room."""
     learning_rate: float = 5e-4
     warmup_steps: int = 100
     weight_decay: float = 0.02

@@ -25,7 +25,7 @@ class Sample:
 
 
 _LABELS = ("entailment", "contradiction", "neutral")
-WORDS: tuple[str, ...] = (*KINDS, *TINTS, *CATEGORIES, *_LABELS, "circle", "triangle", "rectangle")
+ANSWER_WORDS: tuple[str, ...] = (*KINDS, *TINTS, *CATEGORIES, *_LABELS, "circle", "triangle", "rectangle")
 """What a text may be asked to repeat: words that tasks answer with, whether or not a picture ever shows them."""
 
 
@@ -81,7 +81,7 @@ def _matching(scene: Scene, rng: random.Random) -> Sample:
 def _echo(scene: Scene, rng: random.Random) -> Sample:
     """Words for their own sake. A word that no picture ever brought out stays like all others of its kind, as an input
     and as an answer, and then no prompt can say it."""
-    words = " ".join(rng.sample(WORDS, 3))
+    words = " ".join(rng.sample(ANSWER_WORDS, 3))
     return Sample("echo", (f" repeat: {words}",), (f" {words}",))
 
 

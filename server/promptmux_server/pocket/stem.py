@@ -26,7 +26,7 @@ from promptmux_server.pocket import checkpoints
 from promptmux_server.pocket.dataset import SceneDataset
 from promptmux_server.pocket.mixture import to_pixels
 from promptmux_server.pocket.patches import ANSWERS, lesson_losses, lesson_measures, patch_truth
-from promptmux_server.pocket.recipe import initialise, pocket_config
+from promptmux_server.pocket.recipe import STEM, initialise, pocket_config
 from promptmux_server.pocket.scenes import SIDE, Scene
 
 STEPS = 4000
@@ -45,8 +45,8 @@ def new_stem(begin: Path | None = None) -> tuple[VisionStem, nn.Linear]:
     stem, head = VisionStem(config, folded=False), nn.Linear(config.image_feature_dim, ANSWERS)
     initialise(stem)
     if begin is not None:
-        tensors, prefix = load_backbone(begin).tensors, "encoder.embed_images."
-        found = {name.removeprefix(prefix): t.float() for name, t in tensors.items() if name.startswith(prefix)}
+        tensors = load_backbone(begin).tensors
+        found = {name.removeprefix(STEM): t.float() for name, t in tensors.items() if name.startswith(STEM)}
         stem.load_state_dict(found)
     return stem, head
 

@@ -17,7 +17,7 @@ from promptmux_server.backbone.tokenizer import SPECIALS, Tokenizer, train_token
 from promptmux_server.pocket.art import KINDS
 from promptmux_server.pocket.dataset import SceneDataset
 from promptmux_server.pocket.recipe import NUM_BINS
-from promptmux_server.pocket.samples import WORDS, pretrain_samples
+from promptmux_server.pocket.samples import ANSWER_WORDS, pretrain_samples
 from promptmux_server.pocket.scenes import Scene
 from promptmux_server.pocket.tasks import TASKS
 
@@ -30,9 +30,9 @@ REPEATS = 40
 
 def word_forms() -> Iterator[str]:
     for kind in KINDS.values():
-        for form in (kind.with_article, kind.name, kind.plural):
+        for form in (kind.with_article, kind.plural):
             yield from [f" {form}"] * REPEATS
-    for word in WORDS:
+    for word in ANSWER_WORDS:  # kinds among them
         yield from [f" {word}"] * REPEATS
 
 
