@@ -52,7 +52,7 @@ scenes: install
 pretrain: install
 	$(BIN)/python -m promptmux_server.pocket.vocabulary
 	test -e var/pocket/stem.safetensors || $(BIN)/python -m promptmux_server.pocket.stem
-	$(BIN)/python -m promptmux_server.pocket.pretrain && $(BIN)/python -m promptmux_server.pocket.export
+	$(BIN)/torchrun --nproc-per-node 2 -m promptmux_server.pocket.pretrain --threads 1 && $(BIN)/python -m promptmux_server.pocket.export
 
 task-files: install
 	$(BIN)/python -m pip install -q -c constraints.txt easy-vqa

@@ -175,15 +175,21 @@ def test_a_mirrored_scene_is_what_the_mirrored_picture_shows() -> None:
     assert mirrored(scene) == Scene(0, "blue", (DOG,))
 
 
-def test_a_new_vocabularys_words_begin_as_the_mean_of_their_old_pieces() -> None:
+def test_a_new_vocabularys_words_begin_near_the_mean_of_their_pieces_and_apart_from_one_another() -> None:
     old = Tokenizer.load(WEIGHTS, num_codes=0, num_bins=NUM_BINS)
-    new = train_tokenizer([" zzyzx dog"] * 9, 300, num_bins=NUM_BINS)
-    rows = torch.randn(old.first_bin_id + NUM_BINS, 4)
+    new = train_tokenizer([" zzyzx dog", " yzxzz"] * 9, 300, num_bins=NUM_BINS)
+    rows = torch.randn(old.first_bin_id + NUM_BINS, 64)
     carried = carried_over(rows, old, new)
     assert len(carried) == new.first_bin_id + NUM_BINS
     torch.testing.assert_close(carried[new.first_bin_id :], rows[old.first_bin_id :])
-    (word,) = new.encode(" zzyzx")
-    torch.testing.assert_close(carried[word], rows[torch.tensor(old.encode(" zzyzx"))].mean(0))
+    (kept,), (known,) = new.encode(" dog"), old.encode(" dog")
+    assert torch.equal(carried[kept], rows[known])
+    words = [" zzyzx", " yzxzz"]  # of the same letters, so of one mean
+    (first,), (second,) = map(new.encode, words)
+    means = [rows[torch.tensor(old.encode(word))].mean(0) for word in words]
+    own = [carried[first] - means[0], carried[second] - means[1]]
+    assert [float(each.std()) for each in own] == pytest.approx([1.0, 1.0], abs=0.25)
+    assert abs(float(torch.cosine_similarity(*own, dim=0))) < 0.5
 
 
 def test_what_was_learned_is_shipped_with_its_logs(

@@ -13,7 +13,7 @@ from promptmux_server.backbone.tokenizer import Tokenizer
 from promptmux_server.backbone.weights import LoadedBackbone, write_backbone
 from promptmux_server.backbone.weights.names import canonical_tensors
 from promptmux_server.pocket.checkpoints import part_of
-from promptmux_server.pocket.pretrain import CHECKPOINT
+from promptmux_server.pocket.pretrain import CHECKPOINT, LOG
 from promptmux_server.pocket.recipe import NUM_BINS, pocket_config
 
 
@@ -41,7 +41,7 @@ def main() -> None:
     shutil.rmtree(arguments.out, ignore_errors=True)
     backbone = from_checkpoint(arguments.run, arguments.tokenizer)
     write_backbone(arguments.out, backbone)
-    for log in (arguments.run / "train.jsonl", arguments.lesson):
+    for log in (arguments.run / LOG, arguments.lesson):
         shutil.copy(log, arguments.out / log.name)
     print(f"{arguments.out}: fingerprint {backbone.fingerprint}")
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from promptmux_server.pocket.art import KINDS
 from promptmux_server.pocket.colours import COLOURS, TINTS
 from promptmux_server.pocket.scenes import SIDE, Scene
+from promptmux_server.pocket.shapes import SHAPES
 
 PATCH = 16
 GRID = 8
@@ -24,6 +25,8 @@ EDGE_ANSWERS = slice(TINT_ANSWERS.stop, TINT_ANSWERS.stop + 4 * EDGE_BINS)
 ANSWERS = EDGE_ANSWERS.stop + 1
 """Outputs of the lesson's head: words, a shape's tint, the four edges, whether the thing's centre lies in the patch."""
 UNTINTED = -100
+SHAPES_WEIGH = 3.0
+"""Of a plain shape beside other things: small ones are the last to be told apart."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,10 @@ def lesson_losses(answers: Tensor, truths: list[PatchTruth]) -> dict[str, Tensor
     answers = answers.flatten(0, 1)
     tint = torch.cat([t.tint for t in truths])
     tinted = F.cross_entropy(answers[:, TINT_ANSWERS], tint, ignore_index=UNTINTED, reduction="sum")
+    weights = torch.tensor([SHAPES_WEIGH if word in SHAPES else 1.0 for word in WORDS])
     edge_logits = answers[:, EDGE_ANSWERS].unflatten(1, (4, EDGE_BINS)).flatten(0, 1)
     return {
-        "word": F.cross_entropy(answers[:, WORD_ANSWERS], torch.cat([t.word for t in truths])),
+        "word": F.cross_entropy(answers[:, WORD_ANSWERS], torch.cat([t.word for t in truths]), weights),
         "tint": tinted / max(1, int((tint != UNTINTED).sum())),
         "edge": F.cross_entropy(edge_logits, edge_targets(torch.cat([t.edges for t in truths])).flatten(0, 1)),
         "centre": F.binary_cross_entropy_with_logits(answers[:, -1], torch.cat([t.centre for t in truths])),

@@ -1,7 +1,8 @@
 """Pretraining of `pocket` on composed scenes: `python -m promptmux_server.pocket.pretrain --help`.
 
 Owns the loop, its checkpoints and its log. A run can be killed at any time and started again with the same command; it
-goes on from the last checkpoint. The samples come from `mixture`, the numbers from `recipe`.
+goes on from the last checkpoint. `torchrun --nproc-per-node 2 -m ...` learns in two processes. The samples come from
+`mixture`, the numbers from `recipe`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from promptmux_server.backbone.tokenizer import Tokenizer
 from promptmux_server.backbone.vision import channels_last
 from promptmux_server.backbone.weights import LoadedBackbone, load_backbone
 from promptmux_server.pocket import checkpoints
+from promptmux_server.pocket.averaging import processes, take_mean
 from promptmux_server.pocket.colours import TINTS
 from promptmux_server.pocket.dataset import SceneDataset
 from promptmux_server.pocket.losses import text_loss
@@ -38,14 +40,18 @@ from promptmux_server.pocket.patches import (
 )
 from promptmux_server.pocket.recipe import NUM_BINS, STEM, Recipe, initialise, pocket_config
 from promptmux_server.pocket.scenes import Scene
+from promptmux_server.pocket.sights import SightHead
 from promptmux_server.pocket.vocabulary import carried_over
 from promptmux_server.training.forward import Example
 from promptmux_server.training.loss import Loss
 
-MENTIONS_WEIGH = 0.3
-"""Of what the encoder knows of named things, beside the mean loss of the texts."""
+TOLD_WEIGH = 0.3
+"""Of what the encoder is told of named things, and of patches, beside the mean loss of the texts."""
 CHECKPOINT = "checkpoint.safetensors"
+LOG = "train.jsonl"
+AVERAGE_EVERY = 50
 CHECKPOINT_EVERY = 250
+"""Right after a mean is taken, where all processes stand at one place."""
 LOG_EVERY = 25
 
 
@@ -67,10 +73,11 @@ class Pretraining:
             self._go_on_from(load_backbone(begin))
         self._let_patches_say(self._take_over(load_file(lesson)), new=begin is None)
         self.mentions, self.names = MentionHead(self.model), Names(tokenizer)
+        self.sights = SightHead(self.model)
         self.model.train()
         stem = self.model.encoder.embed_images.eval().requires_grad_(False)
         channels_last(stem)
-        everything = [*self.model.parameters(), *self.mentions.parameters()]
+        everything = [p for module in self._modules.values() for p in module.parameters()]
         trained = [parameter for parameter in everything if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
             [
@@ -135,7 +142,7 @@ class Pretraining:
 
     @property
     def _modules(self) -> dict[str, nn.Module]:
-        return {"model": self.model, "mentions": self.mentions}
+        return {"model": self.model, "mentions": self.mentions, "sights": self.sights}
 
     def restore(self) -> None:
         """Go on from the checkpoint in the folder, if there is one."""
@@ -144,9 +151,10 @@ class Pretraining:
     def save(self) -> None:
         checkpoints.save(self.folder / CHECKPOINT, self.step, self._modules, self.optimizer)
 
-    def train_step(self, data: SceneDataset) -> Loss:
-        """One step; its samples depend on the seed and the step's number alone, whatever was interrupted before."""
-        rng = random.Random(self.recipe.seed * 1_000_003 + self.step)
+    def train_step(self, data: SceneDataset, number: int = 0) -> Loss:
+        """One step; its samples depend on the seed, the step and the process's number alone, whatever was interrupted
+        before."""
+        rng = random.Random((self.recipe.seed + number) * 1_000_003 + self.step)
         chosen = [data[rng.randrange(len(data))] for _ in range(self.recipe.images)]
         pixels = to_pixels(torch.stack([torch.from_numpy(image.copy()) for image, _ in chosen]))
         examples = [
@@ -162,8 +170,9 @@ class Pretraining:
                 features = encoder.embed_images(pixels.contiguous(memory_format=torch.channels_last))
             images = encoder.project(features.flatten(2).transpose(1, 2), (GRID, GRID))
             loss = text_loss(self.model, images, examples)
-            named = self.mentions.loss(self._named(examples, [scene for _, scene in chosen]))
-        (loss.mean + MENTIONS_WEIGH * named).backward()
+            scenes = [scene for _, scene in chosen]
+            told = self.mentions.loss(self._named(examples, scenes)) + self.sights.loss(self._seen(examples, scenes))
+        (loss.mean + TOLD_WEIGH * told).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -184,25 +193,42 @@ class Pretraining:
             start += len(example.source)
         return named
 
+    def _seen(self, examples: list[Example], scenes: list[Scene]) -> list[tuple[int, Scene]]:
+        """Each scene with the place of its first text's patches on the encoder's flat axis."""
+        places: dict[int, int] = {}
+        start = 0
+        for example in examples:
+            assert example.image is not None
+            places.setdefault(example.image, start)
+            start += GRID * GRID + len(example.source)
+        return [(place, scenes[image]) for image, place in places.items()]
 
-def run(training: Pretraining, data: SceneDataset) -> None:
-    """Train to the recipe's last step, logging JSON lines to `train.jsonl` in the folder."""
+
+def run(training: Pretraining, data: SceneDataset, number: int = 0, count: int = 1) -> None:
+    """Train to the recipe's last step as process `number` of `count`; the first writes
+    the log, JSON lines, and the checkpoints."""
     recipe, folder = training.recipe, training.folder
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / LOG).touch()
     training.restore()
     started, total, tokens = time.monotonic(), 0.0, 0
-    with (folder / "train.jsonl").open("a") as log:
-        while training.step < recipe.steps:
-            loss = training.train_step(data)
-            total, tokens = total + float(loss.nll.detach()), tokens + loss.tokens
-            if training.step % LOG_EVERY == 0:
-                seconds = round(time.monotonic() - started, 1)
-                line = {"step": training.step, "loss": round(total / tokens, 4), "seconds": seconds}
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                total, tokens = 0.0, 0
-            if training.step % CHECKPOINT_EVERY == 0 or training.step == recipe.steps:
-                training.save()
+    while training.step < recipe.steps:
+        loss = training.train_step(data, number)
+        total, tokens = total + float(loss.nll.detach()), tokens + loss.tokens
+        last = training.step == recipe.steps
+        if count > 1 and (training.step % AVERAGE_EVERY == 0 or last):
+            take_mean(training.optimizer)
+        if number > 0:
+            continue
+        if training.step % LOG_EVERY == 0:
+            seconds = round(time.monotonic() - started, 1)
+            with (folder / LOG).open("a") as log:
+                log.write(
+                    json.dumps({"step": training.step, "loss": round(total / tokens, 4), "seconds": seconds}) + "\n"
+                )
+            total, tokens = 0.0, 0
+        if training.step % CHECKPOINT_EVERY == 0 or last:
+            training.save()
 
 
 def main() -> None:
@@ -224,7 +250,8 @@ def main() -> None:
     tokenizer = Tokenizer.load(arguments.tokenizer, num_codes=0, num_bins=NUM_BINS)
     recipe = Recipe(steps=arguments.steps, learning_rate=arguments.learning_rate)
     training = Pretraining(recipe, tokenizer, arguments.lesson, arguments.begin, arguments.out)
-    run(training, SceneDataset(arguments.data))
+    with processes() as (number, count):
+        run(training, SceneDataset(arguments.data), number, count)
 
 
 if __name__ == "__main__":

@@ -177,12 +177,12 @@ EVENLY: Mapping[Maker, int] = {
 HARD_ONES: Mapping[Maker, int] = {
     **EVENLY,
     _ask_count: 3,
-    _ask_side: 2,
-    _ask_relation: 4,
+    _ask_side: 3,
+    _ask_relation: 2,
     _ask_neighbour: 4,
     _ask_category: 3,
     _ask_tint: 2,
-    _ask_tinted: 2,
+    _ask_tinted: 4,
 }
 """What pretraining asks: asked evenly, relations and counts were still guesses when presence was known."""
 

@@ -36,11 +36,11 @@ def pretrain_samples(scene: Scene, rng: random.Random, count: int, *, described:
     caption, an inventory or, now and then, the list: its boxes are most of its tokens, and few of them are news.
     """
     caption, detection = _caption(scene, rng), _detection(scene)
-    described_whole = rng.choices((caption, _inventory(scene), detection), weights=(5, 4, 1))
+    described_whole = rng.choices((caption, _inventory(scene), detection), weights=(6, 3, 1))
     first = [caption, detection] if described else described_whole
     makers = (_question, _where, _matching, _standing, _region, _echo)
     found = dict.fromkeys(first)
-    for maker in rng.choices(makers, weights=(8, 3, 6, 4, 1, 2), k=3 * count):
+    for maker in rng.choices(makers, weights=(8, 3, 5, 2, 3, 2), k=3 * count):
         if len(found) < count:
             found.setdefault(maker(scene, rng))
     return list(found)

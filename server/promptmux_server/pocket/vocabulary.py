@@ -49,10 +49,18 @@ def corpus(scenes: Iterable[Scene], rng: random.Random) -> Iterator[str]:
 
 
 def carried_over(rows: Tensor, old: Tokenizer, new: Tokenizer) -> Tensor:
-    """Embeddings (V, d) of one vocabulary's symbols for another's: a text's are the mean of its pieces'."""
+    """Embeddings (V, d) of one vocabulary's symbols for another's.
+
+    A text's are the mean of its pieces', and where those are several, a direction of its own besides: means of letters
+    are all much alike, and what is alike is learned apart only by what brings it out (docs/log.md).
+    """
+    generator = torch.Generator().manual_seed(SEED)
     texts = [new.decode([token]) for token in range(len(SPECIALS), new.text_vocab_size)]
-    pieces = [rows[torch.tensor(old.encode(text))].mean(0) for text in texts]
-    return torch.cat([rows[: len(SPECIALS)], torch.stack(pieces), rows[old.first_bin_id :]])
+    begun = [rows[: len(SPECIALS)]]
+    for pieces in map(old.encode, texts):
+        own = torch.randn(1, rows.shape[1], generator=generator) * rows.std() if len(pieces) > 1 else 0.0
+        begun.append(rows[torch.tensor(pieces)].mean(0, keepdim=True) + own)
+    return torch.cat([*begun, rows[old.first_bin_id :]])
 
 
 def main() -> None:
