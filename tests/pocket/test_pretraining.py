@@ -189,7 +189,7 @@ def test_a_new_vocabularys_words_begin_near_the_mean_of_their_pieces_and_apart_f
     means = [rows[torch.tensor(old.encode(word))].mean(0) for word in words]
     own = [carried[first] - means[0], carried[second] - means[1]]
     assert [float(each.std()) for each in own] == pytest.approx([1.0, 1.0], abs=0.25)
-    assert abs(float(torch.cosine_similarity(*own, dim=0))) < 0.5
+    assert abs(float(torch.cosine_similarity(own[0], own[1], dim=0))) < 0.5
 
 
 def test_what_was_learned_is_shipped_with_its_logs(
