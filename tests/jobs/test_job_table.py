@@ -181,6 +181,21 @@ def test_only_so_many_of_an_owner_wait(table: JobTable) -> None:
     table.submit("training", {}, owner="ann", most_waiting=2)
 
 
+def test_a_job_that_is_given_back_for_a_while_lets_those_behind_it_go_first(table: JobTable, clock: Clock) -> None:
+    first, second = (table.submit("training", {"n": n}, priority=1 - n) for n in range(2))
+    claim = table.claim(KINDS, LEASE_S)
+    assert claim is not None
+    table.give_back(claim, 15.0)
+    behind = table.claim(KINDS, LEASE_S)
+    assert behind is not None
+    assert (claim.job.id, behind.job.id) == (first.id, second.id)
+    assert table.claim(KINDS, LEASE_S) is None
+    clock.now += 16.0
+    again = table.claim(KINDS, LEASE_S)
+    assert again is not None
+    assert again.job.id == first.id
+
+
 def test_pages_begin_behind_a_job_and_hold_one_kind_and_state(table: JobTable) -> None:
     ids = [table.submit(kind, {"n": n}).id for n, kind in enumerate(("training", "evaluation", "training"))]
     assert [job.id for job in table.newest(9, kind="training")] == [ids[2], ids[0]]

@@ -34,6 +34,8 @@ from promptmux_server.training.job_parts import open_backbone
 LEASE_S = 60.0
 BEAT_S = 2.0
 """Between two looks whether a job was cancelled, at most; each prolongs the lease."""
+HELD_S = 15.0
+"""Before a job is tried again whose folder another process trains in; those behind it do not wait."""
 TOLD_EVERY_S = 1.0
 """Between two steps that a job tells of; scores are told always."""
 
@@ -99,12 +101,7 @@ def work(
                 break
             time.sleep(idle_s)
             continue
-        if _work_on(table, claim, stop, url, lease_s):
-            taken += 1
-        elif once:
-            break
-        else:
-            time.sleep(idle_s)
+        taken += _work_on(table, claim, stop, url, lease_s)
     return taken
 
 
@@ -116,7 +113,7 @@ def _work_on(table: JobTable, claim: Claim, stop: Stop, url: str | None, lease_s
             with lease.kept():
                 result = _run(table, claim, lease, stop, url)
         except RunHeld:
-            table.give_back(claim)  # a worker that lost its lease has not noticed yet
+            table.give_back(claim, HELD_S)  # by `promptmux train`, or by a worker that has not noticed its lost lease
             return False
         except (LeaseLost, sqlite3.Error):
             raise

@@ -166,10 +166,10 @@ class JobTable:
             row = database.execute(
                 "UPDATE jobs SET state = 'running', attempts = attempts + 1, lease_until = ?, "
                 "started = COALESCE(started, ?) WHERE id = ("
-                f"SELECT id FROM jobs WHERE state = 'queued' AND kind IN ({marks}) "
+                f"SELECT id FROM jobs WHERE state = 'queued' AND kind IN ({marks}) AND COALESCE(not_before, 0) <= ? "
                 "ORDER BY priority DESC, created, rowid LIMIT 1"
                 f") RETURNING {COLUMNS}",
-                (now + lease_s, now, *kinds),
+                (now + lease_s, now, *kinds, now),
             ).fetchone()
             if row is None:
                 return None
@@ -203,11 +203,17 @@ class JobTable:
         with self._held(claim) as database:
             self._end(database, claim.job.id, "cancelled")
 
-    def give_back(self, claim: Claim) -> None:
-        """Let another worker go on, as if this attempt had not been made; raises LeaseLost."""
+    def give_back(self, claim: Claim, for_s: float = 0.0) -> None:
+        """Let another worker go on, as if this attempt had not been made; raises LeaseLost.
+
+        For `for_s` the job lets those behind it go first, whatever its priority.
+        """
         with self._held(claim) as database:
             self._requeue(database, claim.job.id)
-            database.execute("UPDATE jobs SET max_attempts = max_attempts + 1 WHERE id = ?", (claim.job.id,))
+            database.execute(
+                "UPDATE jobs SET max_attempts = max_attempts + 1, not_before = ? WHERE id = ?",
+                (self._clock() + for_s, claim.job.id),
+            )
 
     # -- Within a transaction
 

@@ -19,21 +19,23 @@ POCKET_TASKS: Mapping[str, PocketTask] = {**TASKS, EASY_VQA.name: EASY_VQA}
 
 @dataclass(frozen=True)
 class Learning:
-    """How long a task learns, and the pretraining words for the nearest thing, as whose keys its prompt begins."""
+    """How long a task learns, the pretraining words for the nearest thing, as whose keys its prompt begins, and how
+    many positions that has a side."""
 
     steps: int
     begin: str
+    length: int = 32
 
 
 LEARNING: Mapping[str, Learning] = {
-    "scene-caption": Learning(500, " what does the image describe?"),
+    "scene-caption": Learning(1200, " what does the image describe?"),
     "scene-vqa": Learning(1600, " question: answer in a word."),
     "scene-entailment": Learning(600, " does the image describe "),
     "scene-grounding": Learning(1000, " where is ?"),
-    "scene-counting": Learning(600, " question: how many things are there? answer in a word."),
-    "scene-odd-one-out": Learning(400, " question: what is there? answer in a word."),
-    "scene-category": Learning(600, " question: what is there? answer in a word."),
-    "easy-vqa": Learning(1600, " question: answer in a word."),
+    "scene-counting": Learning(1000, " question: how many things are there? answer in a word."),
+    "scene-odd-one-out": Learning(800, " question: what is there? answer in a word."),
+    "scene-category": Learning(1000, " question: what is there? answer in a word."),
+    "easy-vqa": Learning(3000, " question: answer in a word.", length=64),
 }
 
 
@@ -59,8 +61,8 @@ def recipe(task: PocketTask) -> str:
     lines += [
         "",
         "[prompt]",
-        "encoder_length = 32",
-        "decoder_length = 32",
+        f"encoder_length = {learning.length}",
+        f"decoder_length = {learning.length}",
         "dropout = 0.0",
         "",
         "[begin]",
