@@ -53,7 +53,7 @@ class _Lines:
     def __call__(self, ended: int, batch: str, best: str) -> None:
         if time.monotonic() - self._last_s >= EVERY_S:
             self._last_s = time.monotonic()
-            typer.echo(f"{ended} trials ended; {batch}; best {best}", err=True)
+            typer.echo(f"trials ended: {ended}; {batch}; best {best}", err=True)
 
 
 class _Seen:
