@@ -29,7 +29,7 @@ class Learning:
 
 LEARNING: Mapping[str, Learning] = {
     "scene-caption": Learning(1200, " what does the image describe?"),
-    "scene-vqa": Learning(1600, " question: answer in a word."),
+    "scene-vqa": Learning(1200, " question: answer in a word."),
     "scene-entailment": Learning(600, " does the image describe "),
     "scene-grounding": Learning(1000, " where is ?"),
     "scene-counting": Learning(1000, " question: how many things are there? answer in a word."),
