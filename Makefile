@@ -59,5 +59,6 @@ task-files: install
 	$(BIN)/python -m promptmux_server.pocket.easy_vqa && $(BIN)/python -m promptmux_server.pocket.task_files
 
 library: install
+	$(BIN)/python -m promptmux_server.pocket.recipes
 	ls prompts/recipes/*.toml | xargs -P 2 -n 1 $(BIN)/promptmux train
 	$(BIN)/python -m promptmux_server.pocket.shipping && $(BIN)/python -m promptmux_server.pocket.curves

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import cast
@@ -12,10 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from promptmux_server.backbone.config import BOS, EOS
 from promptmux_server.backbone.tokenizer import Tokenizer, train_tokenizer
 from promptmux_server.backbone.vision import VisionStem
 from promptmux_server.backbone.weights import load_backbone
-from promptmux_server.pocket import WEIGHTS, export
+from promptmux_server.pocket import WEIGHTS, export, pretrain
 from promptmux_server.pocket import stem as stem_lesson
 from promptmux_server.pocket.colours import TINTS
 from promptmux_server.pocket.dataset import Pixels, SceneDataset
@@ -36,6 +38,7 @@ from promptmux_server.pocket.recipe import NUM_BINS, Recipe, pocket_config
 from promptmux_server.pocket.scenes import Scene, SceneObject
 from promptmux_server.pocket.stem import mirrored, new_stem, train_stem
 from promptmux_server.pocket.vocabulary import carried_over
+from promptmux_server.training.forward import Example
 
 STEM = "encoder.embed_images"
 
@@ -210,6 +213,46 @@ def test_what_was_learned_is_shipped_with_its_logs(
     assert torch.equal(shipped.tensors[name], learned[f"model/{name}"].to(torch.bfloat16))
     assert (tmp_path / "out" / "stem.jsonl").exists()
     assert (tmp_path / "out" / "train.jsonl").exists()
+
+
+def test_an_export_that_fails_leaves_what_was_there(
+    lesson: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(pretraining(lesson, tmp_path / "run"), SCENES)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "weights").write_text("old")
+    given = {"run": tmp_path / "run", "tokenizer": WEIGHTS, "lesson": tmp_path / "none", "out": tmp_path / "out"}
+    monkeypatch.setattr("sys.argv", ["export", *(f"--{name}={path}" for name, path in given.items())])
+    with pytest.raises(FileNotFoundError):
+        export.main()
+    assert (tmp_path / "out" / "weights").read_text() == "old"
+
+
+def test_a_log_goes_back_with_its_run(lesson: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrain, "LOG_EVERY", 1)
+    (tmp_path / pretrain.LOG).write_text('{"step": 1}\n{"step": 2')  # no checkpoint: steps that were lost by a kill
+    run(pretraining(lesson, tmp_path), SCENES)
+    logged = [json.loads(line)["step"] for line in (tmp_path / pretrain.LOG).read_text().splitlines()]
+    assert logged == [1, 2, 3, 4]
+
+
+def test_heads_read_the_states_of_what_they_judge(lesson: Path, tmp_path: Path) -> None:
+    """On the flat axis of a batch: a picture's patches are as many patches, a name is its last token."""
+    training = pretraining(lesson, tmp_path)
+    texts = (" what is there?", " is the dog left of the cat?", " where is the cat?")
+    sources = [(BOS, *training.tokenizer.encode(text), EOS) for text in texts]
+    examples = [Example(source, (BOS,), (EOS,), image) for source, image in zip(sources, (0, 0, 1), strict=True)]
+    axis = [part for source in sources for part in (*["patch"] * GRID * GRID, *source)]
+    scenes = [SCENES[0][1], SCENES[1][1]]
+    for place, scene in training._seen(examples, scenes):
+        assert axis[place : place + GRID * GRID] == ["patch"] * GRID * GRID
+        assert axis[place - 1] != "patch"
+        first = sources[0] if scene is scenes[0] else sources[2]
+        assert axis[place + GRID * GRID :][: len(first)] == [*first]
+    named = training._named(examples, scenes)
+    said = [training.tokenizer.decode([cast(int, axis[name.place])]) for name in named]
+    assert [text.strip() for text in said] == [name.kind for name in named] == ["dog", "cat", "cat"]
+    assert [name.scene for name in named] == [scenes[0], scenes[0], scenes[1]]
 
 
 def test_a_place_is_taught_as_a_bell_over_its_neighbours() -> None:

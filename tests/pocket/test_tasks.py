@@ -112,10 +112,13 @@ class FewScenes:
 
 
 def test_files_hold_what_the_tasks_ask_and_the_pictures_they_ask_about(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "00010.png").write_bytes(b"what a kill left")
     write_task_files(cast(SceneDataset, FewScenes()), Cut("train", 10, 30, 2, 12), tmp_path)
     lines = held_out(tmp_path / "scene-grounding.train.jsonl", "box")
     assert len(lines) == 12
     first = lines[0]
+    assert first.image.name == "00010.png"
     scene, picture = compose(int(first.image.stem), "train", ART)
     assert np.array_equal(np.asarray(Image.open(first.image)), np.asarray(picture))
     assert tuple(first.truth) in {o.box for o in scene.objects}
@@ -142,7 +145,7 @@ def test_easy_vqa_keeps_its_own_test_split_for_the_score(tmp_path: Path) -> None
 @pytest.mark.parametrize("name", POCKET_TASKS)
 def test_recipes_are_those_that_the_program_writes_and_training_reads(name: str) -> None:
     text = (RECIPES / f"{name}.toml").read_text()
-    assert text == recipe(POCKET_TASKS[name])
+    assert text == recipe(POCKET_TASKS[name], load_backbone(WEIGHTS).fingerprint)
     job = parse_job(text, f"{name}.toml", RECIPES)
     assert job.task.name == name
     assert job.steps.steps == LEARNING[name].steps

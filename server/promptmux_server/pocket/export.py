@@ -38,11 +38,15 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("server/promptmux_server/pocket/weights"))
     arguments = parser.parse_args()
-    shutil.rmtree(arguments.out, ignore_errors=True)
     backbone = from_checkpoint(arguments.run, arguments.tokenizer)
-    write_backbone(arguments.out, backbone)
-    for log in (arguments.run / LOG, arguments.lesson):
-        shutil.copy(log, arguments.out / log.name)
+    logs = {log.name: log.read_bytes() for log in (arguments.run / LOG, arguments.lesson)}
+    made = arguments.out.with_name(f"{arguments.out.name}.new")  # what is there stays until all is written
+    shutil.rmtree(made, ignore_errors=True)
+    write_backbone(made, backbone)
+    for name, log in logs.items():
+        (made / name).write_bytes(log)
+    shutil.rmtree(arguments.out, ignore_errors=True)
+    made.rename(arguments.out)
     print(f"{arguments.out}: fingerprint {backbone.fingerprint}")
 
 

@@ -42,6 +42,7 @@ from promptmux_server.pocket.recipe import NUM_BINS, STEM, Recipe, initialise, p
 from promptmux_server.pocket.scenes import Scene
 from promptmux_server.pocket.sights import SightHead
 from promptmux_server.pocket.vocabulary import carried_over
+from promptmux_server.training.curve import Curve
 from promptmux_server.training.forward import Example
 from promptmux_server.training.loss import Loss
 
@@ -209,8 +210,9 @@ def run(training: Pretraining, data: SceneDataset, number: int = 0, count: int =
     the log, JSON lines, and the checkpoints."""
     recipe, folder = training.recipe, training.folder
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / LOG).touch()
     training.restore()
+    if number == 0:
+        Curve(folder / LOG).go_back(training.step)
     started, total, tokens = time.monotonic(), 0.0, 0
     while training.step < recipe.steps:
         loss = training.train_step(data, number)

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from promptmux_server.backbone.weights import load_backbone
+from promptmux_server.pocket import WEIGHTS
 from promptmux_server.pocket.easy_vqa import EASY_VQA
 from promptmux_server.pocket.tasks import TASKS, PocketTask
 
@@ -39,12 +41,17 @@ LEARNING: Mapping[str, Learning] = {
 }
 
 
-def recipe(task: PocketTask) -> str:
-    """The configuration of a task's training, as TOML (docs/training.md)."""
+def trained_in(fingerprint: str) -> Path:
+    """Where prompts of a backbone are trained: no other can go on with its checkpoints."""
+    return Path("var/pocket/prompts") / fingerprint[:12]
+
+
+def recipe(task: PocketTask, fingerprint: str) -> str:
+    """The configuration of a task's training on the backbone of this fingerprint, as TOML (docs/training.md)."""
     learning = LEARNING[task.name]
     lines = [
         f"# Trains a prompt for {task.name}; written by `python -m promptmux_server.pocket.recipes`.",
-        f'output = "../../var/pocket/prompts/{task.name}"',
+        f'output = "../../{trained_in(fingerprint)}/{task.name}"',
         'cache = "../../var/pocket/cache"',
         "",
         "[task]",
@@ -89,9 +96,10 @@ def recipe(task: PocketTask) -> str:
 
 
 def main() -> None:
+    fingerprint = load_backbone(WEIGHTS).fingerprint
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name, task in POCKET_TASKS.items():
-        (FOLDER / f"{name}.toml").write_text(recipe(task))
+        (FOLDER / f"{name}.toml").write_text(recipe(task, fingerprint))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from promptmux_prompts import Prompt, load_prompt, write_prompt
 from promptmux_server.backbone.assemble import assemble, serving_dtype
 from promptmux_server.backbone.weights import load_backbone
 from promptmux_server.pocket import WEIGHTS
-from promptmux_server.pocket.recipes import FOLDER, POCKET_TASKS
+from promptmux_server.pocket.recipes import FOLDER, POCKET_TASKS, trained_in
 from promptmux_server.pocket.scores import TaskScore, held_out, score
 from promptmux_server.training.validation import OpenBackbone
 
@@ -59,7 +59,7 @@ def ship(name: str, trained: Path, backbone: OpenBackbone, lines: Path, library:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Score trained prompts on held-out data, and ship them.")
-    parser.add_argument("--trained", type=Path, default=Path("var/pocket/prompts"))
+    parser.add_argument("--trained", type=Path, help="folder of trained prompts (default: the shipped backbone's)")
     parser.add_argument("--lines", type=Path, default=Path("var/pocket/tasks"))
     parser.add_argument("--out", type=Path, default=Path("prompts/library"))
     parser.add_argument("--recipes", type=Path, default=FOLDER)
@@ -70,8 +70,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     loaded = load_backbone(WEIGHTS)
     backbone = OpenBackbone(loaded, assemble(loaded, dtype=serving_dtype("cpu")), loaded.tokenizer())
+    trained = arguments.trained or trained_in(loaded.fingerprint)
     for name in arguments.task or POCKET_TASKS:
-        ship(name, arguments.trained, backbone, arguments.lines, arguments.out, arguments.recipes)
+        ship(name, trained, backbone, arguments.lines, arguments.out, arguments.recipes)
 
 
 if __name__ == "__main__":

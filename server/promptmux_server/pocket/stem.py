@@ -28,6 +28,7 @@ from promptmux_server.pocket.mixture import to_pixels
 from promptmux_server.pocket.patches import ANSWERS, lesson_losses, lesson_measures, patch_truth
 from promptmux_server.pocket.recipe import STEM, initialise, pocket_config
 from promptmux_server.pocket.scenes import SIDE, Scene
+from promptmux_server.training.curve import Curve
 
 STEPS = 4000
 BATCH = 64
@@ -61,6 +62,7 @@ def train_stem(stem: VisionStem, head: nn.Linear, data: SceneDataset, steps: int
     optimizer = torch.optim.AdamW([*stem.parameters(), *head.parameters()], lr=LEARNING_RATE, weight_decay=1e-2)
     modules, kept = {"stem": stem, "head": head}, out.with_suffix(".checkpoint")
     first = checkpoints.restore(kept, modules, optimizer)
+    Curve(out.with_suffix(".jsonl")).go_back(first)
     started = time.monotonic()
     with out.with_suffix(".jsonl").open("a") as log:
         for step in range(first, steps):

@@ -63,15 +63,16 @@ def _lines_about(task: SceneTask, scene: Scene, image: str, count: int) -> Itera
 
 
 def write_task_files(data: SceneDataset, cut: Cut, out: Path) -> None:
-    """`out/TASK.CUT.jsonl` for all tasks, and the pictures that they name."""
+    """`out/TASK.CUT.jsonl` for all tasks, and the pictures that they name, written anew: scenes may be others now."""
     (out / cut.name).mkdir(parents=True, exist_ok=True)
+    written: set[int] = set()
     for task in TASKS.values():
         with (out / f"{task.name}.{cut.name}.jsonl").open("w") as file:
             for index, line in lines_of(task, data, cut):
                 file.write(json.dumps(line) + "\n")
-                picture = out / line["image"]
-                if not picture.exists():
-                    Image.fromarray(data[index][0]).save(picture)
+                if index not in written:
+                    Image.fromarray(data[index][0]).save(out / line["image"])
+                    written.add(index)
 
 
 def main() -> None:
