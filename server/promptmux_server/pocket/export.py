@@ -16,6 +16,8 @@ from promptmux_server.pocket.checkpoints import part_of
 from promptmux_server.pocket.pretrain import CHECKPOINT, LOG
 from promptmux_server.pocket.recipe import NUM_BINS, pocket_config
 
+LESSON_LOG = "stem.jsonl"
+
 
 def from_checkpoint(run: Path, tokenizer: Path) -> LoadedBackbone:
     """The backbone of a run's last checkpoint."""
@@ -39,7 +41,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("server/promptmux_server/pocket/weights"))
     arguments = parser.parse_args()
     backbone = from_checkpoint(arguments.run, arguments.tokenizer)
-    logs = {log.name: log.read_bytes() for log in (arguments.run / LOG, arguments.lesson)}
+    logs = {LOG: (arguments.run / LOG).read_bytes(), LESSON_LOG: arguments.lesson.read_bytes()}
     made = arguments.out.with_name(f"{arguments.out.name}.new")  # what is there stays until all is written
     shutil.rmtree(made, ignore_errors=True)
     write_backbone(made, backbone)
