@@ -27,7 +27,7 @@ from promptmux_server.jobs import Claim, JobTable
 from promptmux_server.jobs.trainings import KIND, TrainingRequest
 from promptmux_server.pocket import WEIGHTS
 from promptmux_server.training.curve import write_durably
-from promptmux_server.training.job import Event, Job, Scored, Stepped, Stopped
+from promptmux_server.training.job import Event, Job, Scored, Stepped, Stopped, held
 from promptmux_server.training.job_config import kept_as
 from promptmux_server.training.job_parts import open_backbone
 
@@ -138,7 +138,7 @@ def _run(table: JobTable, claim: Claim, lease: _Lease, stop: Stop, url: str | No
     request = TrainingRequest.of(claim.job.payload)
     config = request.parsed()
     torch.set_num_threads(config.machine.threads or usable_cores())
-    with Job(config, open_backbone(config, WEIGHTS), score_served, published) as job:
+    with held(config), Job(config, open_backbone(config, WEIGHTS), score_served, published) as job:
         job.resume()
         write_durably(config.output / kept_as(request.name), request.config.encode())
         tell = _teller(table, claim)
