@@ -17,6 +17,7 @@ from promptmux_server.backbone.weights import LoadedBackbone
 from promptmux_server.errors import (
     CheckpointNotWritten,
     DataError,
+    RunHeld,
     TrainingConfigError,
     TrainingDiverged,
     TrainingError,
@@ -24,7 +25,7 @@ from promptmux_server.errors import (
 from promptmux_server.training import cohort as cohort_module
 from promptmux_server.training import run as run_module
 from promptmux_server.training.checkpoint import Checkpoints
-from promptmux_server.training.job import Event, Job, Scored, Stopped
+from promptmux_server.training.job import Event, Job, Scored, Stopped, held
 from promptmux_server.training.metrics import Score
 from promptmux_server.training.recipe import PromptRecipe, StepRecipe
 from promptmux_server.training.validation import Exam, OpenBackbone
@@ -249,5 +250,6 @@ def test_a_full_disk_ends_the_run_and_loses_no_checkpoint(tmp_path: Path, monkey
 
 
 def test_a_job_has_one_process_at_a_time(tmp_path: Path) -> None:
-    with short(tmp_path), pytest.raises(TrainingError, match="Another process"), short(tmp_path):
+    made = config(tmp_path)
+    with held(made), pytest.raises(RunHeld, match="Another process"), held(made):
         pass

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
@@ -68,8 +68,16 @@ Learned = Prompt | WeightsDelta
 """What a job makes: a prompt, or trained weights of a baseline."""
 
 
+def held(config: JobConfig) -> AbstractContextManager[None]:
+    """Be the only one who trains into a job's folder, from before anything large is opened to the end of its `Job`.
+
+    Raises CheckpointNotWritten; entering it raises RunHeld where another process has the folder.
+    """
+    return _checkpoints(config).held()
+
+
 class Job:
-    """An open job, to be used as a context: its data are checked, and nobody else may write its checkpoints."""
+    """An open job, to be used as a context: its data are checked. Its folder is `held` by who opens it."""
 
     def __init__(
         self,
@@ -96,19 +104,17 @@ class Job:
         self.run = self._material.start(name or config.task.name, method_of(config, backbone), config.steps)
         self._begun_from: Any = None
         self._identity = self._what_it_is()
-        self._checkpoints = Checkpoints(config.output / "checkpoints", keep_last=config.run.keep_checkpoints)
+        self._checkpoints = _checkpoints(config)
         self._curve = Curve(config.output / "curve.jsonl")
-        self._held = ExitStack()
 
     def __enter__(self) -> Self:
-        """Raises RunHeld where another process has this job."""
-        self._held.enter_context(self._checkpoints.held())
         if self._owns_material:
-            self._held.enter_context(self._material)
+            self._material.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._held.close()
+        if self._owns_material:
+            self._material.__exit__(*exception)
 
     @property
     def method(self) -> Method:
@@ -262,3 +268,7 @@ class Job:
             "smoothing": steps.smoothing,
             "seed": steps.seed,
         }
+
+
+def _checkpoints(config: JobConfig) -> Checkpoints:
+    return Checkpoints(config.output / "checkpoints", keep_last=config.run.keep_checkpoints)
