@@ -124,6 +124,40 @@ def test_another_recipe_is_refused_unless_it_is_allowed(tmp_path: Path) -> None:
 
 
 def in_layers(encoder: tuple[int, int] | None) -> PromptRecipe:
+@pytest.mark.parametrize(("before", "after"), [(None, 0.5), (0.5, None)])
+def test_a_recipe_may_ask_for_an_average_from_now_on_or_no_longer(
+    tmp_path: Path, before: float | None, after: float | None
+) -> None:
+    asked: list[Prompt] = []
+
+    def fading(backbone: OpenBackbone, prompt: Prompt, exam: Exam) -> Score:
+        asked.append(prompt)
+        return Score("any", 1.0 / len(asked), len(exam.questions))
+
+    def averaged(decay: float | None) -> Job:
+        return short(tmp_path, scorer=fading, validate_every=2, steps=replace(SHORT, average_decay=decay))
+
+    go(averaged(before), 3)
+    opened = averaged(after)
+    go(opened, changed_recipe=True)
+    learned = opened.learned()
+    assert learned.manifest.provenance["chosen_step"] == 2  # under the recipe before
+    assert isinstance(learned, Prompt)
+    assert torch.equal(learned.encoder_key, asked[0].encoder_key)
+    parameters = opened.run.method.parameters
+    same = [torch.equal(value, parameters[name]) for name, value in opened.run.values().items()]
+    assert all(same) == (after is None)
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_a_recipe_of_fewer_steps_than_were_taken_ends_with_what_there_is(tmp_path: Path, scored: bool) -> None:
+    go(short(tmp_path, validate_every=5 if scored else 8), 5)
+    opened = short(tmp_path, steps=replace(SHORT, steps=4))
+    events = go(opened, changed_recipe=True)
+    assert [(type(event), event.step) for event in events if isinstance(event, Scored)] == [(Scored, 5)] * (not scored)
+    assert opened.learned().manifest.provenance["chosen_step"] == 5
+
+
     return PromptRecipe(encoder_length=4, decoder_length=3, encoder_layers=encoder)
 
 

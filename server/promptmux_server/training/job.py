@@ -141,6 +141,8 @@ class Job:
             advance = cohort.advance()
             for failure in advance.failed:
                 raise self._told(failure.error)
+        elif self.run.step not in self.scores():  # the recipe has fewer steps than were taken
+            yield self._scored()
             for report in advance.steps:
                 self.record(report)
                 yield Stepped(report)
@@ -178,13 +180,14 @@ class Job:
         best = self._checkpoints.best()
         if not self.run.finished or best is None or best.mark.score is None:
             raise TrainingError("The run is not at its end: run the same command again, and it goes on.")
-        self.run.restore(best.state)
+        values = {name: value.to(self.backbone.model.device) for name, value in best.state.values().items()}
+        tensors = self.method.saved(values)
         metric = {"name": self.exam.metric, "value": best.mark.score, "n": len(self.exam.questions)}
         manifest = replace(self._manifest, metric=metric, provenance={**self._provenance(best.mark.step), **origin})
         method = self.config.method
         if method.name == "prompt":
-            return prompt_of(manifest, self.run.saved())
-        return WeightsDelta(method.name, method.width, manifest, self.run.saved())
+            return prompt_of(manifest, tensors)
+        return WeightsDelta(method.name, method.width, manifest, tensors)
 
     def _begin(self) -> None:
         """Put the run where `[begin]` says."""
@@ -199,8 +202,7 @@ class Job:
 
     def _keep_what_is_due(self, step: int, *, stopping: bool) -> Iterator[Event]:
         if step % self.config.validate_every == 0 or self.run.finished:
-            score = self.keep_scored()
-            yield Scored(step, score, max(self.scores().values()))
+            yield self._scored()
         elif stopping or step % self.config.run.checkpoint_every == 0:
             self.keep()
 
@@ -208,6 +210,10 @@ class Job:
         self._checkpoints.save(self.run.state(), {**self._identity, BEGUN_FROM: self._begun_from}, score)
 
     def _score(self) -> Score:
+    def _scored(self) -> Scored:
+        score = self.keep_scored()
+        return Scored(self.run.step, score, max(self.scores().values()))
+
         adapted = replace(self.backbone, model=self.method.adapted(self.run.values()))
         return self._scorer(adapted, self._prompt(), self.exam)
 
