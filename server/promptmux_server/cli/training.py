@@ -39,6 +39,9 @@ def train(
     changed_recipe: Annotated[
         bool, typer.Option("--changed-recipe", help="Go on from a checkpoint whose [steps] were other ones.")
     ] = False,
+    changed_pictures: Annotated[
+        bool, typer.Option("--changed-pictures", help="Go on from a checkpoint whose picture files were other ones.")
+    ] = False,
     queue: Annotated[
         bool, typer.Option("--queue", help="Leave it to `promptmux worker`, and print the job's id.")
     ] = False,
@@ -82,7 +85,7 @@ def train(
                 _follow(job_config, backbone, ranks)
                 return
             with Job(job_config, backbone, score_served, published, ranks) as job:
-                begun = job.resume(changed_recipe=changed_recipe)
+                begun = job.resume(changed_recipe=changed_recipe, changed_pictures=changed_pictures)
                 write_durably(job_config.output / kept_as(config.name), written)
                 _run(job, begun)
                 kept = keep_learned(job)
