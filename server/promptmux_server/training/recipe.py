@@ -10,7 +10,7 @@ from typing import Literal
 
 Generator = Literal["table", "mlp"]
 MOST_SEED = 2**63 - 1
-"""What torch takes."""
+"""Of 64 bits with a sign: well below what torch takes, since every table adds its number to it."""
 
 
 class RecipeError(ValueError):
