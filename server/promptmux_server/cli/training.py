@@ -39,6 +39,9 @@ def train(
     changed_recipe: Annotated[
         bool, typer.Option("--changed-recipe", help="Go on from a checkpoint whose [steps] were other ones.")
     ] = False,
+    changed_pictures: Annotated[
+        bool, typer.Option("--changed-pictures", help="Go on from a checkpoint whose picture files were other ones.")
+    ] = False,
     queue: Annotated[
         bool, typer.Option("--queue", help="Leave it to `promptmux worker`, and print the job's id.")
     ] = False,
@@ -84,7 +87,7 @@ def train(
                 held(job_config),
                 Job(job_config, open_backbone(job_config, WEIGHTS), score_served, published, ranks) as job,
             ):
-                begun = job.resume(changed_recipe=changed_recipe)
+                begun = job.resume(changed_recipe=changed_recipe, changed_pictures=changed_pictures)
                 write_durably(job_config.output / kept_as(config.name), written)
                 _run(job, begun)
                 kept = keep_learned(job)
