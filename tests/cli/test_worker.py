@@ -20,7 +20,10 @@ from promptmux_server.errors import CheckpointNotWritten, RunHeld
 from promptmux_server.jobs import JobTable
 from promptmux_server.jobs.trainings import TrainingRequest, submit
 from promptmux_server.training.checkpoint import Checkpoints
+from promptmux_server.training.job_config import JobConfig
+from promptmux_server.training.job_parts import open_backbone
 from promptmux_server.training.run import Run
+from promptmux_server.training.validation import OpenBackbone
 
 
 @pytest.fixture
@@ -105,11 +108,19 @@ def test_events_that_cannot_be_written_end_no_training(
     assert table.get(job_id).state == "succeeded"
 
 
-def test_a_job_that_no_worker_can_do_does_not_end_the_worker(tmp_path: Path, table: JobTable) -> None:
-    (tmp_path / "job.toml").write_text(CONFIG.replace("steps = 6", "steps = 6, seed = 1" + "0" * 30))
+def test_a_job_that_no_worker_can_do_does_not_end_the_worker(
+    tmp_path: Path, table: JobTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     impossible = queue(tmp_path)
     (tmp_path / "job.toml").write_text(CONFIG.replace('"out"', '"out2"'))
     possible = queue(tmp_path)
+
+    def opened(config: JobConfig, pocket: Path) -> OpenBackbone:
+        if config.output.name == "out":
+            raise ZeroDivisionError
+        return open_backbone(config, pocket)
+
+    monkeypatch.setattr(working, "open_backbone", opened)
     assert work(table, never, once=True) == 2
     failed = table.get(impossible)
     assert (failed.state, (failed.error or {}).get("code")) == ("failed", "internal")
