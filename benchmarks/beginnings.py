@@ -39,7 +39,7 @@ from promptmux_server.training.batch import TrainingBatch, seen
 from promptmux_server.training.cohort import Cohort
 from promptmux_server.training.forward import supervised_logits
 from promptmux_server.training.initial import Begin
-from promptmux_server.training.job import BEGUN_FROM, Job
+from promptmux_server.training.job import BEGUN_FROM, Job, held
 from promptmux_server.training.job_config import BeginConfig, JobConfig, read_job
 from promptmux_server.training.job_parts import method_of
 from promptmux_server.training.loss import label_smoothed_loss
@@ -113,12 +113,13 @@ def learn(recipe: JobConfig, backbone: OpenBackbone, given: argparse.Namespace) 
     """All runs of a task to their ends, from where they stand; by beginning."""
     scorer, others = HeldOut.of(recipe, backbone), partial(OtherTasks, recipe.task.name)
     jobs: dict[str, list[Job]] = {beginning: [] for beginning in (NOISE, *(given.beginning or BEGINNINGS))}
-    with ExitStack() as held:
+    with ExitStack() as opened:
         for seed in range(1, given.seeds + 1):
-            material = held.enter_context(Material(settings(recipe, given, NOISE, seed), backbone))
+            material = opened.enter_context(Material(settings(recipe, given, NOISE, seed), backbone))
             for beginning, several in jobs.items():
                 name, config = f"{beginning} {seed}", settings(recipe, given, beginning, seed)
-                job = held.enter_context(Job(config, backbone, scorer, others, material=material, name=name))
+                opened.enter_context(held(config))
+                job = opened.enter_context(Job(config, backbone, scorer, others, material=material, name=name))
                 several.append(job)
                 if job.resume() == 0 and not job.scores():
                     if beginning == ENCODER_TEXT:

@@ -37,10 +37,11 @@ def server(running: TrainingServer, monkeypatch: pytest.MonkeyPatch) -> Training
 
 
 def begun(server: TrainingServer) -> Claim:
-    """A training that a worker has taken."""
+    """A training that a worker has begun."""
     server.into("runs/a")
     claim = server.table.claim((KIND,), 60.0)
     assert claim is not None
+    server.table.begin(claim)
     return claim
 
 
@@ -107,7 +108,8 @@ def test_events_come_as_they_are_told(server: TrainingServer) -> None:
         for name in ("step", "score"):
             server.table.tell(claim, name, {})
             assert next_event() == name
-        server.table.end_cancelled(claim)
+        server.table.cancel(claim.job.id)
+        server.table.give_back(claim)
         assert next_event() == "cancelled"
         assert [line for line in lines if line.startswith("event")] == []
 

@@ -94,6 +94,7 @@ def test_commands_and_workers_see_the_same_table(server: TrainingServer) -> None
     assert [job["id"] for job in json.loads(shown.stdout)] == [job_id]
     claim = server.table.claim((KIND,), 60.0)
     assert claim is not None
+    server.table.begin(claim)
     job = server.client.get(f"/v1/trainings/{job_id}").json()
     assert (job["status"], job["attempts"]) == ("running", 1)
     assert job["started_at"] >= job["created_at"]
@@ -211,7 +212,7 @@ def test_ending_a_training_twice_is_ending_it_once(server: TrainingServer) -> No
         asked = server.client.delete(f"/v1/trainings/{running}").json()
         assert (ended.status_code, ended.json()["status"]) == (200, "cancelled")
         assert (asked["status"], asked["cancel_requested"]) == ("running", True)
-    server.table.end_cancelled(claim)
+    server.table.give_back(claim)
     assert server.client.delete(f"/v1/trainings/{running}").json()["status"] == "cancelled"
     assert [event.name for event in server.table.events(waiting)] == ["queued", "cancelled"]
 
@@ -447,7 +448,7 @@ def test_a_table_that_nobody_made_is_empty_and_is_not_made_by_looking(server: Tr
 def test_a_table_of_an_earlier_version_is_taken_over(server: TrainingServer) -> None:
     job_id = server.into("runs/a")["id"]
     database = sqlite3.connect(server.state / "jobs.sqlite", isolation_level=None)
-    for column in ("started", "finished", "folder"):
+    for column in ("started", "finished", "folder", "not_before", "claims"):
         database.execute(f"ALTER TABLE jobs DROP COLUMN {column}")
     database.close()
     assert JobTable(server.state / "jobs.sqlite").get(job_id).started is None

@@ -14,8 +14,9 @@ from promptmux_server.cli.training_scores import keep_learned, score_served
 from promptmux_server.errors import PromptmuxError
 from promptmux_server.training.checkpoint import Checkpoints
 from promptmux_server.training.curve import write_durably
+from promptmux_server.training.job import held
 from promptmux_server.training.recipe import StepRecipe
-from training.job_worker import data, job
+from training.job_worker import config, data, job
 
 SHORT = StepRecipe(steps=2, learning_rate=0.05)
 
@@ -39,7 +40,10 @@ WRITERS = {
 
 def train(folder: Path) -> str:
     """As the command does it; the digest of what was learned."""
-    with job(folder, scorer=score_served, steps=SHORT, validate_every=1) as opened:
+    with (
+        held(config(folder, steps=SHORT, validate_every=1)),
+        job(folder, scorer=score_served, steps=SHORT, validate_every=1) as opened,
+    ):
         opened.resume()
         write_durably(opened.config.output / "config.toml", b"as it was written")
         list(opened.events())

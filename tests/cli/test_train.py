@@ -17,6 +17,8 @@ from promptmux_prompts import PromptShape, load_manifest
 from promptmux_server.cli import app
 from promptmux_server.pocket import WEIGHTS
 from promptmux_server.training import run as run_module
+from promptmux_server.training.job import held
+from promptmux_server.training.job_config import read_job
 from promptmux_server.training.run import Run
 from shared_files import ROOT
 from training.data.data_files import pictures
@@ -129,6 +131,17 @@ def test_a_mistake_ends_with_one_message(folder: Path, before: str, after: str, 
     assert refused.exit_code == 1
     assert said in refused.stderr
     assert "Traceback" not in refused.output
+
+
+def test_a_folder_that_is_held_is_said_before_anything_is_opened(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("nothing is opened here")
+
+    monkeypatch.setattr("promptmux_server.training.job_parts.open_backbone", refuse)
+    with held(read_job(folder / "pets.toml")[0]):
+        done = train(folder)
+    assert done.exit_code == 1
+    assert "Another process trains into this folder" in done.stderr
 
 
 def test_help_shows_an_example() -> None:

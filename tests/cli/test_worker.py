@@ -6,18 +6,24 @@ import json
 import sqlite3
 import time
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from cli.tiny_training import CONFIG, prepare
-from promptmux_server.cli import app
-from promptmux_server.cli.working import HELD_S, work
+from promptmux_server.cli import app, working
+from promptmux_server.cli.working import FULL_S, HELD_S, work
+from promptmux_server.errors import CheckpointNotWritten, RunHeld
 from promptmux_server.jobs import JobTable
 from promptmux_server.jobs.trainings import TrainingRequest, submit
 from promptmux_server.training.checkpoint import Checkpoints
+from promptmux_server.training.job_config import JobConfig
+from promptmux_server.training.job_parts import open_backbone
 from promptmux_server.training.run import Run
+from promptmux_server.training.validation import OpenBackbone
 
 
 @pytest.fixture
@@ -102,11 +108,19 @@ def test_events_that_cannot_be_written_end_no_training(
     assert table.get(job_id).state == "succeeded"
 
 
-def test_a_job_that_no_worker_can_do_does_not_end_the_worker(tmp_path: Path, table: JobTable) -> None:
-    (tmp_path / "job.toml").write_text(CONFIG.replace("steps = 6", "steps = 6, seed = 1" + "0" * 30))
+def test_a_job_that_no_worker_can_do_does_not_end_the_worker(
+    tmp_path: Path, table: JobTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     impossible = queue(tmp_path)
     (tmp_path / "job.toml").write_text(CONFIG.replace('"out"', '"out2"'))
     possible = queue(tmp_path)
+
+    def opened(config: JobConfig, pocket: Path) -> OpenBackbone:
+        if config.output.name == "out":
+            raise ZeroDivisionError
+        return open_backbone(config, pocket)
+
+    monkeypatch.setattr(working, "open_backbone", opened)
     assert work(table, never, once=True) == 2
     failed = table.get(impossible)
     assert (failed.state, (failed.error or {}).get("code")) == ("failed", "internal")
@@ -153,15 +167,130 @@ def test_links_that_change_after_the_queue_lead_nowhere(tmp_path: Path, table: J
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
-def test_a_job_whose_late_worker_still_runs_waits_for_it(tmp_path: Path, table: JobTable) -> None:
+def test_a_job_whose_late_worker_still_runs_waits_for_it(
+    tmp_path: Path, table: JobTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job_id = queue(tmp_path)
-    with Checkpoints(tmp_path / "out" / "checkpoints").held():
+    with Checkpoints(tmp_path / "out" / "checkpoints").held(), monkeypatch.context() as patched:
+        patched.setattr(working, "open_backbone", refuse)  # what takes minutes is not begun in vain
         assert work(table, never, once=True) == 0
-        assert table.get(job_id).state == "queued"
+    waiting = table.get(job_id)
+    assert (waiting.state, waiting.attempts, waiting.started) == ("queued", 0, None)
+    assert [event.name for event in table.events(job_id)] == ["queued"]
     assert work(table, never, once=True) == 0  # others would go first now
     later = JobTable(tmp_path / "state" / "jobs.sqlite", clock=lambda: time.time() + HELD_S)
     assert work(later, never, once=True) == 1
     assert table.get(job_id).state == "succeeded"
+
+
+def test_a_jobs_folder_is_held_from_before_it_is_opened_to_its_end(
+    tmp_path: Path, table: JobTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id, places = queue(tmp_path), []
+
+    def told(name: str) -> Callable[..., Any]:
+        call = getattr(working, name)
+
+        def held(*arguments: Any) -> Any:
+            with pytest.raises(RunHeld), Checkpoints(tmp_path / "out" / "checkpoints").held():
+                pass
+            places.append(name)
+            return call(*arguments)
+
+        return held
+
+    for name in ("open_backbone", "score_served", "keep_learned"):
+        monkeypatch.setattr(working, name, told(name))
+    work(table, never, once=True)
+    assert table.get(job_id).state == "succeeded"
+    assert places == ["open_backbone", "score_served", "score_served", "keep_learned"]
+    with Checkpoints(tmp_path / "out" / "checkpoints").held():
+        pass
+
+
+def refuse(*_: object) -> None:
+    raise AssertionError("nothing is opened here")
+
+
+class Unwritable:
+    """A method of the table that a full disk refuses, the first few times."""
+
+    def __init__(self, name: str, times: int) -> None:
+        self._method, self.left = getattr(JobTable, name), times
+
+    def __get__(self, table: JobTable, _: object) -> Callable[..., Any]:
+        def method(*arguments: Any) -> Any:
+            if self.left:
+                self.left -= 1
+                raise sqlite3.OperationalError("database or disk is full")
+            return self._method(table, *arguments)
+
+        return method
+
+
+def test_a_table_that_takes_no_change_is_waited_for(
+    tmp_path: Path, table: JobTable, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    job_id = queue(tmp_path)
+    for name in ("claim", "begin", "succeed"):
+        monkeypatch.setattr(JobTable, name, Unwritable(name, 20))
+    assert work(table, never, once=True, idle_s=0.001) == 1
+    assert (table.get(job_id).state, table.get(job_id).attempts) == ("succeeded", 1)
+    assert len([record for record in caplog.records if "takes no change" in record.message]) == 3
+
+
+def test_a_result_that_a_stopped_worker_could_not_write_is_found_again(
+    tmp_path: Path, table: JobTable, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    job_id, unwritable = queue(tmp_path), Unwritable("succeed", 1000)
+    with monkeypatch.context() as patched:
+        patched.setattr(JobTable, "succeed", unwritable)
+        assert work(table, lambda: unwritable.left < 990, idle_s=0.001) == 0
+    assert "taken up again from its checkpoint" in caplog.text
+    curve = (tmp_path / "out" / "curve.jsonl").read_text()
+    later = JobTable(tmp_path / "state" / "jobs.sqlite", clock=lambda: time.time() + 1000)  # its lease has run out
+    assert work(later, never, once=True) == 1
+    assert table.get(job_id).state == "succeeded"
+    assert (tmp_path / "out" / "curve.jsonl").read_text() == curve  # no step was taken again
+
+
+def test_a_job_whose_disk_is_full_is_tried_again_until_its_attempts_end(
+    tmp_path: Path, table: JobTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id, clock_s = queue(tmp_path), [time.time()]
+    later = JobTable(tmp_path / "state" / "jobs.sqlite", clock=lambda: clock_s[0])
+
+    def full(*_: object) -> None:
+        raise CheckpointNotWritten("Make room.")
+
+    monkeypatch.setattr(Checkpoints, "save", full)
+    for state in ("queued", "queued", "failed"):
+        assert work(later, never, once=True) == 1
+        assert table.get(job_id).state == state
+        clock_s[0] += FULL_S + 1.0
+    assert table.get(job_id).error == {"code": "checkpoint_not_written", "message": "Make room."}
+    reasons = [event.data["message"] for event in table.events(job_id) if event.name == "queued" and event.data]
+    assert reasons == ["Make room."] * 2
+
+
+def test_a_job_goes_on_when_its_disk_has_room_again(
+    tmp_path: Path, table: JobTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id, save = queue(tmp_path), Checkpoints.save
+
+    def full_behind_step_3(checkpoints: Checkpoints, state: Any, *rest: Any) -> Any:
+        if int(state.numbers["step"]) > 3:
+            raise CheckpointNotWritten("Make room.")
+        return save(checkpoints, state, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "save", full_behind_step_3)
+        work(table, never, once=True)
+    later = JobTable(tmp_path / "state" / "jobs.sqlite", clock=lambda: time.time() + FULL_S)
+    assert work(later, never, once=True) == 1
+    job = table.get(job_id)
+    assert (job.state, job.attempts) == ("succeeded", 2)
+    assert [event.data["step"] for event in table.events(job_id) if event.name == "score"] == [3, 6]
 
 
 def test_a_configuration_that_is_wrong_is_not_queued(tmp_path: Path, table: JobTable) -> None:

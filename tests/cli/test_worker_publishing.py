@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sqlite3
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -146,6 +148,29 @@ def test_what_cannot_be_scored_costs_no_file(
     work(table, never, once=True, url=address(served))
     assert "could not be scored" in verdict(table, job_id)["reason"]
     assert versions(served) == [1]
+
+
+def test_a_disk_that_is_full_for_a_moment_hinders_no_publishing(
+    tmp_path: Path, table: JobTable, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id, prolong, refused = queue(table, tmp_path), JobTable.prolong, []
+
+    def full_once(table: JobTable, claim: Claim, lease_s: float) -> bool:
+        if not refused and threading.current_thread().name != "lease":
+            refused.append(claim)
+            raise sqlite3.OperationalError("database or disk is full")
+        return prolong(table, claim, lease_s)
+
+    def full(*_: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(JobTable, "prolong", full_once)
+    monkeypatch.setattr(JobTable, "tell", full)
+    work(table, never, once=True, url=address(served), lease_s=1000.0, idle_s=0.001)
+    job = table.get(job_id)
+    assert refused
+    assert job.result is not None
+    assert job.result["publish"]["published"] is True
 
 
 class Died(BaseException):

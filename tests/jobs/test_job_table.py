@@ -45,6 +45,7 @@ def test_a_job_goes_from_queue_to_result_and_tells_of_it(table: JobTable) -> Non
     assert claim is not None
     assert (claim.job.id, claim.job.payload, claim.job.attempts) == (job.id, {"steps": 3}, 1)
     assert table.claim(KINDS, LEASE_S) is None
+    table.begin(claim)
     table.tell(claim, "step", {"loss": 0.5})
     table.succeed(claim, {"score": 0.9})
     ended = table.get(job.id)
@@ -83,6 +84,7 @@ def test_a_lease_that_ran_out_returns_the_job_and_its_late_worker_is_refused(tab
     assert second is not None
     assert second.job.attempts == 2
     for act in (
+        lambda: table.begin(late),
         lambda: table.prolong(late, LEASE_S),
         lambda: table.tell(late, "step", {}),
         lambda: table.succeed(late, {}),
@@ -118,14 +120,66 @@ def test_a_job_whose_workers_all_died_fails(table: JobTable, clock: Clock) -> No
     assert ended.error["code"] == "worker_lost"
 
 
-def test_a_job_that_is_given_back_costs_no_attempt(table: JobTable) -> None:
+def test_a_job_that_is_given_back_costs_no_attempt(table: JobTable, clock: Clock) -> None:
     job = table.submit("training", {}, max_attempts=1)
     claim = table.claim(KINDS, LEASE_S)
     assert claim is not None
     table.give_back(claim)
     again = table.claim(KINDS, LEASE_S)
     assert again is not None
-    assert again.job.id == job.id
+    assert (again.job.id, again.job.attempts, again.job.max_attempts) == (job.id, 1, 1)
+    with pytest.raises(LeaseLost):  # the number of the attempt is the same, that of the claim is not
+        table.succeed(claim, {})
+    clock.now += LEASE_S + 1
+    assert table.claim(KINDS, LEASE_S) is None
+    assert table.get(job.id).state == "failed"
+
+
+def test_tries_that_do_not_begin_leave_no_trace(table: JobTable, clock: Clock) -> None:
+    job = table.submit("training", {})
+    first = table.claim(KINDS, LEASE_S)
+    assert first is not None
+    table.begin(first)
+    table.tell(first, "step", {"step": 1})
+    clock.now += LEASE_S + 1
+    for _ in range(20):
+        claim = table.claim(KINDS, LEASE_S)
+        assert claim is not None
+        table.give_back(claim, 15.0)
+        clock.now += 16.0
+    waiting = table.get(job.id)
+    assert (waiting.state, waiting.attempts, waiting.max_attempts) == ("queued", 1, 3)
+    assert names(table, job.id) == ["queued", "started", "step", "queued"]
+
+
+@pytest.mark.parametrize("begun", [True, False], ids=["begun", "not begun"])
+def test_a_job_that_is_given_back_when_it_is_to_be_cancelled_ends(table: JobTable, begun: bool) -> None:
+    job = table.submit("training", {})
+    claim = table.claim(KINDS, LEASE_S)
+    assert claim is not None
+    if begun:
+        table.begin(claim)
+    table.cancel(job.id)
+    table.give_back(claim, 15.0)
+    assert table.get(job.id).state == "cancelled"
+    assert names(table, job.id)[-1] == "cancelled"
+
+
+def test_a_failure_that_may_pass_is_tried_again_while_attempts_are_left(table: JobTable, clock: Clock) -> None:
+    job = table.submit("training", {}, max_attempts=2)
+    for state in ("queued", "failed"):
+        claim = table.claim(KINDS, LEASE_S)
+        assert claim is not None
+        table.begin(claim)
+        table.fail(claim, "full", "Make room.", again_in_s=60.0)
+        assert table.get(job.id).state == state
+        assert table.claim(KINDS, LEASE_S) is None
+        clock.now += 61.0
+    error = {"code": "full", "message": "Make room."}
+    assert names(table, job.id) == ["queued", "started", "queued", "started", "failed"]
+    assert [event.data for event in table.events(job.id) if event.data] == [
+        {"attempt": 1}, error, {"attempt": 2}, error
+    ]  # fmt: skip
 
 
 def test_a_waiting_job_is_cancelled_at_once_and_a_running_one_by_its_worker(table: JobTable, clock: Clock) -> None:
@@ -137,7 +191,7 @@ def test_a_waiting_job_is_cancelled_at_once_and_a_running_one_by_its_worker(tabl
     assert claim is not None
     assert table.cancel(running.id).state == "running"
     assert table.prolong(claim, LEASE_S) is True
-    table.end_cancelled(claim)
+    table.give_back(claim)
     assert table.cancel(running.id).state == "cancelled"
     dying = table.submit("training", {})
     assert table.claim(KINDS, LEASE_S) is not None
@@ -211,10 +265,13 @@ def test_a_job_knows_when_it_began_and_ended(table: JobTable, clock: Clock) -> N
     assert (job.started, job.finished, table.ended(job.id)) == (None, None, False)
     first = table.claim(KINDS, LEASE_S)
     assert first is not None
+    assert table.get(job.id).started is None
+    table.begin(first)
     began = table.get(job.id).started
     table.give_back(first)
     again = table.claim(KINDS, LEASE_S)
     assert again is not None
+    table.begin(again)
     table.succeed(again, {})
     ended = table.get(job.id)
     assert (ended.started, table.ended(job.id)) == (began, True)
@@ -242,7 +299,7 @@ def test_events_are_bounded_and_their_numbers_go_on(table: JobTable, monkeypatch
     assert claim is not None
     for step in range(20):
         table.tell(claim, "step", {"step": step})
-    assert [event.number for event in table.events(job.id)] == [18, 19, 20, 21, 22]
+    assert [event.number for event in table.events(job.id)] == [17, 18, 19, 20, 21]
 
 
 def work(path: Path, done: list[str]) -> None:

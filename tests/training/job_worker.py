@@ -19,7 +19,7 @@ import tiny
 from promptmux_prompts import Prompt
 from promptmux_server.training.data.source import SourceConfig
 from promptmux_server.training.data.task_data import DataConfig
-from promptmux_server.training.job import Job, Learned
+from promptmux_server.training.job import Job, Learned, held
 from promptmux_server.training.job_config import JobConfig, MethodConfig, RunConfig, TaskConfig
 from promptmux_server.training.metrics import Score
 from promptmux_server.training.recipe import PromptRecipe, StepRecipe
@@ -84,7 +84,11 @@ def job(folder: Path, scorer: Scorer = any_score, **changes: Any) -> Job:
 
 def run_to_the_end(folder: Path, **changes: Any) -> Learned:
     """Begin or go on; a line of `steps.log` for every step."""
-    with job(folder, **changes) as opened, (folder / "steps.log").open("a", buffering=1) as log:
+    with (
+        held(config(folder, **changes)),
+        job(folder, **changes) as opened,
+        (folder / "steps.log").open("a", buffering=1) as log,
+    ):
         opened.resume()
         for _ in opened.events():
             log.write(f"{opened.run.step}\n")

@@ -102,6 +102,20 @@ def test_a_job_that_goes_on_keeps_its_origin_and_looks_no_further(tmp_path: Path
         assert told(job)[0]["name"] == "p"
 
 
+def test_a_text_that_the_backbone_cannot_read_whole_is_refused_before_the_data_are_read(tmp_path: Path) -> None:
+    most, tokenizer = tiny.config().max_positions, tiny.tokenizer()
+    text = " one"
+    while len(tokenizer.encode(text)) + 2 <= most:
+        text += " one"
+    length = len(tokenizer.encode(text)) + 2
+    with pytest.raises(TrainingConfigError, match=rf"begin\.text: a text has {length} tokens.* may have {most}"):
+        begun(tmp_path, text=[" one", text])
+    assert not list((tmp_path / "cache").glob("survey-*"))
+    fitting = text.removesuffix(" one")
+    with begun(tmp_path, text=[fitting] * 2) as job:
+        assert job.resume() == 0
+
+
 @pytest.mark.parametrize(
     ("begin", "said"),
     [

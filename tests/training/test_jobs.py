@@ -17,6 +17,7 @@ from promptmux_server.backbone.weights import LoadedBackbone
 from promptmux_server.errors import (
     CheckpointNotWritten,
     DataError,
+    RunHeld,
     TrainingConfigError,
     TrainingDiverged,
     TrainingError,
@@ -24,10 +25,11 @@ from promptmux_server.errors import (
 from promptmux_server.training import cohort as cohort_module
 from promptmux_server.training import run as run_module
 from promptmux_server.training.checkpoint import Checkpoints
-from promptmux_server.training.job import Event, Job, Scored, Stopped
+from promptmux_server.training.job import Event, Job, Scored, Stopped, held
 from promptmux_server.training.metrics import Score
 from promptmux_server.training.recipe import PromptRecipe, StepRecipe
 from promptmux_server.training.validation import Exam, OpenBackbone
+from training.data.data_files import picture
 from training.job_worker import any_score, backbone, config, data, job
 
 SHORT = StepRecipe(steps=8, learning_rate=0.05)
@@ -123,6 +125,40 @@ def test_another_recipe_is_refused_unless_it_is_allowed(tmp_path: Path) -> None:
     assert kept(tmp_path)[-1] == 8
 
 
+@pytest.mark.parametrize(("before", "after"), [(None, 0.5), (0.5, None)])
+def test_a_recipe_may_ask_for_an_average_from_now_on_or_no_longer(
+    tmp_path: Path, before: float | None, after: float | None
+) -> None:
+    asked: list[Prompt] = []
+
+    def fading(backbone: OpenBackbone, prompt: Prompt, exam: Exam) -> Score:
+        asked.append(prompt)
+        return Score("any", 1.0 / len(asked), len(exam.questions))
+
+    def averaged(decay: float | None) -> Job:
+        return short(tmp_path, scorer=fading, validate_every=2, steps=replace(SHORT, average_decay=decay))
+
+    go(averaged(before), 3)
+    opened = averaged(after)
+    go(opened, changed_recipe=True)
+    learned = opened.learned()
+    assert learned.manifest.provenance["chosen_step"] == 2  # under the recipe before
+    assert isinstance(learned, Prompt)
+    assert torch.equal(learned.encoder_key, asked[0].encoder_key)
+    parameters = opened.run.method.parameters
+    same = [torch.equal(value, parameters[name]) for name, value in opened.run.values().items()]
+    assert all(same) == (after is None)
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_a_recipe_of_fewer_steps_than_were_taken_ends_with_what_there_is(tmp_path: Path, scored: bool) -> None:
+    go(short(tmp_path, validate_every=5 if scored else 8), 5)
+    opened = short(tmp_path, steps=replace(SHORT, steps=4))
+    events = go(opened, changed_recipe=True)
+    assert [(type(event), event.step) for event in events if isinstance(event, Scored)] == [(Scored, 5)] * (not scored)
+    assert opened.learned().manifest.provenance["chosen_step"] == 5
+
+
 def in_layers(encoder: tuple[int, int] | None) -> PromptRecipe:
     return PromptRecipe(encoder_length=4, decoder_length=3, encoder_layers=encoder)
 
@@ -163,20 +199,39 @@ def test_changed_data_are_refused(tmp_path: Path) -> None:
 
 def test_changed_pictures_are_refused(tmp_path: Path) -> None:
     go(short(tmp_path), 3)
-    picture = tmp_path / "7.png"
-    good, state = picture.read_bytes(), picture.stat()
-    for spoilt in (good[:60] + bytes([good[60] ^ 1]) + good[61:], good + b"more"):
-        picture.write_bytes(spoilt)
-        os.utime(picture, ns=(state.st_atime_ns, state.st_mtime_ns))
-        with pytest.raises(TrainingError, match="of another run: its pictures differ"):
+    path = tmp_path / "7.png"
+    good, state = path.read_bytes(), path.stat()
+    for other in (picture(99), good + b"more"):
+        path.write_bytes(other)
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+        with pytest.raises(TrainingError, match=r"of another run: its pictures differ.*--changed-pictures"):
             go(short(tmp_path))
-    picture.unlink()
+    path.write_bytes(good[:60] + bytes([good[60] ^ 1]) + good[61:])
+    with pytest.raises(DataError, match=r"data\.jsonl, line 8: the picture cannot be decoded"):
+        short(tmp_path)
+    path.unlink()
     with pytest.raises(DataError, match=r"data\.jsonl, line 8: there is no such picture"):
         short(tmp_path)
     assert kept(tmp_path) == [2, 3]
-    picture.write_bytes(good)  # with another time, as a copy has
+    path.write_bytes(good)  # with another time, as a copy has
     go(short(tmp_path))
     assert kept(tmp_path)[-1] == 8
+
+
+def test_a_run_goes_on_with_other_pictures_where_that_is_allowed(tmp_path: Path) -> None:
+    go(short(tmp_path), 3)
+    (tmp_path / "7.png").write_bytes(picture(99))
+    gentler = replace(SHORT, learning_rate=0.001)
+    with pytest.raises(TrainingError, match=r"its pictures, steps differ.*--changed-pictures --changed-recipe"):
+        go(short(tmp_path, steps=gentler))
+    with pytest.raises(TrainingError, match=r"its steps differ"), short(tmp_path, steps=gentler) as opened:
+        opened.resume(changed_pictures=True)
+    with short(tmp_path) as opened:
+        assert opened.resume(changed_pictures=True) == 3
+        list(opened.events())
+    assert kept(tmp_path)[-1] == 8
+    with short(tmp_path) as opened:
+        assert opened.resume() == 8  # it is the run of these pictures now
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_no_checkpoint(
@@ -223,11 +278,35 @@ def test_a_corrupt_line_is_named_before_anything_is_learned(tmp_path: Path) -> N
 
 
 def test_a_picture_that_is_spoilt_while_a_job_runs_is_named(tmp_path: Path) -> None:
+    go(short(tmp_path), 3)
     opened = short(tmp_path)
-    for picture in tmp_path.glob("*.png"):
-        picture.write_bytes(b"no picture")
+    good = {path: path.read_bytes() for path in tmp_path.glob("*.png")}
+    for path in good:
+        path.write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"data\.jsonl, line \d+: the picture cannot be decoded"):
         go(opened)
+    assert kept(tmp_path) == [2, 3]
+    with pytest.raises(DataError, match="12 of 12 lines cannot be used"):
+        short(tmp_path)
+    for path, whole in good.items():
+        path.write_bytes(whole)
+    with short(tmp_path) as mended:
+        assert mended.resume() == 3
+        list(mended.events())
+    assert kept(tmp_path)[-1] == 8
+
+
+def test_a_picture_that_breaks_off_is_refused_or_left_out_before_the_first_step(tmp_path: Path) -> None:
+    data(tmp_path)
+    whole = picture(5, "JPEG")
+    (tmp_path / "5.png").write_bytes(whole[: len(whole) * 2 // 3])  # its header is good
+    with pytest.raises(DataError, match=r"1 of 12 lines.*\n.*data\.jsonl, line 6: the picture cannot be decoded"):
+        short(tmp_path)
+    made = config(tmp_path, steps=SHORT)
+    opened = Job(made.model_copy(update={"data": replace(made.data, skip_bad=1)}), backbone(), any_score)
+    go(opened)
+    assert opened.data.skipped == 1
+    assert opened.learned()
 
 
 def test_a_full_disk_ends_the_run_and_loses_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,5 +328,6 @@ def test_a_full_disk_ends_the_run_and_loses_no_checkpoint(tmp_path: Path, monkey
 
 
 def test_a_job_has_one_process_at_a_time(tmp_path: Path) -> None:
-    with short(tmp_path), pytest.raises(TrainingError, match="Another process"), short(tmp_path):
+    made = config(tmp_path)
+    with held(made), pytest.raises(RunHeld, match="Another process"), held(made):
         pass

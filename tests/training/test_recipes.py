@@ -52,6 +52,8 @@ def test_the_worst_tokens_are_dropped_after_the_step_named() -> None:
         (StepRecipe, {"weight_decay": -0.1}),
         (StepRecipe, {"average_decay": 1.0}),
         (StepRecipe, {"accumulation": 0}),
+        (StepRecipe, {"seed": 2**63}),
+        (StepRecipe, {"seed": -(2**63) - 1}),
         (ComputeRecipe, {"rows_per_pass": 0}),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else value.__name__,

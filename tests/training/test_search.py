@@ -105,6 +105,14 @@ def test_at_a_rung_the_best_go_on(done: Done) -> None:
     assert best.score == max(best.scores.values())
 
 
+def test_a_text_to_begin_from_that_is_too_long_is_named_before_anything_is_drawn(tmp_path: Path) -> None:
+    space: dict[str, Axis] = {"begin": Choice(("noise", "text"))}
+    given = config(tmp_path, space=space).model_copy(update={"begin": BeginConfig(text=[" one" * 2000])})
+    with pytest.raises(TrainingConfigError, match=r"begin\.text: a text has \d+ tokens"):
+        Search(given, job_worker.backbone(), job_worker.any_score)
+    assert not (tmp_path / "search").exists()
+
+
 def test_without_rungs_all_go_to_the_end(tmp_path: Path) -> None:
     trials = run(search(tmp_path, rungs=[], trials=5, steps=3))[1]
     assert [(trial.state, list(trial.scores)) for trial in trials] == [("complete", [3])] * 5

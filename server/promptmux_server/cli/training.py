@@ -39,6 +39,9 @@ def train(
     changed_recipe: Annotated[
         bool, typer.Option("--changed-recipe", help="Go on from a checkpoint whose [steps] were other ones.")
     ] = False,
+    changed_pictures: Annotated[
+        bool, typer.Option("--changed-pictures", help="Go on from a checkpoint whose picture files were other ones.")
+    ] = False,
     queue: Annotated[
         bool, typer.Option("--queue", help="Leave it to `promptmux worker`, and print the job's id.")
     ] = False,
@@ -63,7 +66,7 @@ def train(
     from promptmux_server.errors import PromptmuxError
     from promptmux_server.pocket import WEIGHTS
     from promptmux_server.training.curve import write_durably
-    from promptmux_server.training.job import Job
+    from promptmux_server.training.job import Job, held
     from promptmux_server.training.job_config import kept_as, read_job
     from promptmux_server.training.job_parts import open_backbone
 
@@ -77,12 +80,14 @@ def train(
             return
         torch.set_num_threads(job_config.machine.threads or share_of_cores())
         with ranks_here(job_config.machine) as ranks:
-            backbone = open_backbone(job_config, WEIGHTS)
             if not ranks.leads:
-                _follow(job_config, backbone, ranks)
+                _follow(job_config, open_backbone(job_config, WEIGHTS), ranks)
                 return
-            with Job(job_config, backbone, score_served, published, ranks) as job:
-                begun = job.resume(changed_recipe=changed_recipe)
+            with (
+                held(job_config),
+                Job(job_config, open_backbone(job_config, WEIGHTS), score_served, published, ranks) as job,
+            ):
+                begun = job.resume(changed_recipe=changed_recipe, changed_pictures=changed_pictures)
                 write_durably(job_config.output / kept_as(config.name), written)
                 _run(job, begun)
                 kept = keep_learned(job)

@@ -24,7 +24,7 @@ class Job:
     """Higher ones are begun first; of equal ones the older."""
     state: State
     attempts: int
-    """Times that a worker began it."""
+    """Times that a worker took it and did not give it back."""
     max_attempts: int
     created: float
     started: float | None

@@ -14,7 +14,7 @@ CREATE TABLE IF NOT EXISTS jobs (
     state TEXT NOT NULL, attempts INTEGER NOT NULL DEFAULT 0, max_attempts INTEGER NOT NULL, created REAL NOT NULL,
     cancel_requested INTEGER NOT NULL DEFAULT 0, result TEXT, error TEXT,
     idempotency_key TEXT, asked_sha256 TEXT NOT NULL, lease_until REAL, started REAL, finished REAL, folder TEXT,
-    not_before REAL, UNIQUE (owner, idempotency_key)
+    not_before REAL, claims INTEGER NOT NULL DEFAULT 0, UNIQUE (owner, idempotency_key)
 );
 CREATE INDEX IF NOT EXISTS waiting ON jobs (state, priority DESC, created);
 CREATE TABLE IF NOT EXISTS events (
@@ -26,7 +26,7 @@ COLUMNS = (
     "id, kind, payload, owner, priority, state, attempts, max_attempts, created, started, finished, cancel_requested, "
     "result, error"
 )
-ADDED = ("started REAL", "finished REAL", "folder TEXT", "not_before REAL")
+ADDED = ("started REAL", "finished REAL", "folder TEXT", "not_before REAL", "claims INTEGER NOT NULL DEFAULT 0")
 """Columns that tables of earlier versions have not."""
 
 

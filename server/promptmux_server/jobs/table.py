@@ -1,8 +1,8 @@
 """The table of jobs: SQLite in WAL mode, one file that servers and workers of one machine open at the same time.
 
 A worker claims a job with a lease and prolongs it while it works; a lease that ran out returns the job to the queue, so
-a killed worker's job is taken up by another. What a worker says counts only while it holds the lease: each claim is an
-attempt with a number, and who comes late with an older one is refused.
+a killed worker's job is taken up by another. What a worker says counts only while it holds the lease: claims are
+numbered, and who comes late with an older one of its job is refused.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ class Claim:
     """A worker's hold on a job, as it was when it was claimed; `job.attempts` is the attempt's number."""
 
     job: Job
+    number: int
+    """Among all claims of the job; never given twice, as an attempt's number is after `give_back`."""
 
 
 class JobTable:
@@ -158,24 +160,31 @@ class JobTable:
     # -- For workers
 
     def claim(self, kinds: tuple[str, ...], lease_s: float) -> Claim | None:
-        """Take the next job of these kinds, or None. One whose lease ran out waits again, unless it was its last."""
+        """Take the next job of these kinds, or None. One whose lease ran out waits again, unless it was its last.
+
+        It is an attempt from here on, since a worker may die of opening what a job needs.
+        """
         now = self._clock()
         with self._changing() as database:
             self._give_up_the_lost(database, now)
             marks = ", ".join("?" * len(kinds))
             row = database.execute(
-                "UPDATE jobs SET state = 'running', attempts = attempts + 1, lease_until = ?, "
-                "started = COALESCE(started, ?) WHERE id = ("
+                "UPDATE jobs SET state = 'running', attempts = attempts + 1, claims = claims + 1, lease_until = ? "
+                "WHERE id = ("
                 f"SELECT id FROM jobs WHERE state = 'queued' AND kind IN ({marks}) AND COALESCE(not_before, 0) <= ? "
                 "ORDER BY priority DESC, created, rowid LIMIT 1"
-                f") RETURNING {COLUMNS}",
-                (now + lease_s, now, *kinds, now),
+                f") RETURNING claims, {COLUMNS}",
+                (now + lease_s, *kinds, now),
             ).fetchone()
-            if row is None:
-                return None
-            job = job_of(row)
-            self._add_event(database, job.id, "started", {"attempt": job.attempts})
-            return Claim(job)
+            return None if row is None else Claim(job_of(row[1:]), number=row[0])
+
+    def begin(self, claim: Claim) -> None:
+        """Tell that the work on a job has begun; raises LeaseLost."""
+        with self._held(claim) as database:
+            database.execute(
+                "UPDATE jobs SET started = COALESCE(started, ?) WHERE id = ?", (self._clock(), claim.job.id)
+            )
+            self._add_event(database, claim.job.id, "started", {"attempt": claim.job.attempts})
 
     def prolong(self, claim: Claim, lease_s: float) -> bool:
         """Keep a job for longer; whether it should be ended instead. Raises LeaseLost."""
@@ -193,27 +202,27 @@ class JobTable:
         with self._held(claim) as database:
             self._end(database, claim.job.id, "succeeded", result=result)
 
-    def fail(self, claim: Claim, code: str, message: str) -> None:
-        """End a job that no further attempt would help; raises LeaseLost."""
-        with self._held(claim) as database:
-            self._end(database, claim.job.id, "failed", error={"code": code, "message": message})
+    def fail(self, claim: Claim, code: str, message: str, *, again_in_s: float | None = None) -> None:
+        """End a job that no further attempt would help; raises LeaseLost.
 
-    def end_cancelled(self, claim: Claim) -> None:
-        """Raises LeaseLost."""
+        With `again_in_s` one might: the job waits so long and is tried again, until it has no attempt left.
+        """
+        job, error = claim.job, {"code": code, "message": message}
         with self._held(claim) as database:
-            self._end(database, claim.job.id, "cancelled")
+            if again_in_s is None or job.attempts >= job.max_attempts:
+                self._end(database, job.id, "failed", error=error)
+            else:
+                self._requeue(database, job.id, again_in_s, why=error)
 
     def give_back(self, claim: Claim, for_s: float = 0.0) -> None:
-        """Let another worker go on, as if this attempt had not been made; raises LeaseLost.
+        """Let another worker go on, as if this attempt had not been made, or end a job that is to be cancelled.
 
-        For `for_s` the job lets those behind it go first, whatever its priority.
+        For `for_s` the job lets those behind it go first, whatever its priority. Nothing is told of one that was not
+        begun. Raises LeaseLost.
         """
         with self._held(claim) as database:
-            self._requeue(database, claim.job.id)
-            database.execute(
-                "UPDATE jobs SET max_attempts = max_attempts + 1, not_before = ? WHERE id = ?",
-                (self._clock() + for_s, claim.job.id),
-            )
+            database.execute("UPDATE jobs SET attempts = attempts - 1 WHERE id = ?", (claim.job.id,))
+            self._requeue(database, claim.job.id, for_s)
 
     # -- Within a transaction
 
@@ -237,21 +246,32 @@ class JobTable:
 
     def _give_up_the_lost(self, database: sqlite3.Connection, now: float) -> None:
         lost = database.execute(
-            "SELECT id, attempts >= max_attempts, cancel_requested FROM jobs "
+            "SELECT id, attempts >= max_attempts AND NOT cancel_requested FROM jobs "
             "WHERE state = 'running' AND lease_until < ?",
             (now,),
         ).fetchall()
-        for job_id, last, cancel_requested in lost:
-            if cancel_requested:
-                self._end(database, job_id, "cancelled")
-            elif last:
+        for job_id, failed in lost:
+            if failed:
                 self._end(database, job_id, "failed", error=json.loads(LOST))
             else:
                 self._requeue(database, job_id)
 
-    def _requeue(self, database: sqlite3.Connection, job_id: str) -> None:
-        database.execute("UPDATE jobs SET state = 'queued', lease_until = NULL WHERE id = ?", (job_id,))
-        self._add_event(database, job_id, "queued", {})
+    def _requeue(
+        self, database: sqlite3.Connection, job_id: str, for_s: float = 0.0, why: Mapping[str, Any] | None = None
+    ) -> None:
+        """Have a job wait again, or end it if somebody asked its worker to."""
+        if self._job(database, job_id).cancel_requested:
+            self._end(database, job_id, "cancelled")
+            return
+        database.execute(
+            "UPDATE jobs SET state = 'queued', lease_until = NULL, not_before = ? WHERE id = ?",
+            (self._clock() + for_s if for_s else None, job_id),
+        )
+        (last_told,) = database.execute(
+            "SELECT name FROM events WHERE job = ? ORDER BY number DESC LIMIT 1", (job_id,)
+        ).fetchone()
+        if why or last_told != "queued":  # tries that do not begin, however many, push no other events out
+            self._add_event(database, job_id, "queued", why or {})
 
     def _end(
         self,
@@ -296,10 +316,12 @@ class JobTable:
 
     @contextmanager
     def _held(self, claim: Claim) -> Iterator[sqlite3.Connection]:
-        """A transaction of the worker that holds a job's newest attempt; raises LeaseLost."""
+        """A transaction of the worker that holds a job's newest claim; raises LeaseLost."""
         with self._changing() as database:
-            job = self._job(database, claim.job.id)
-            if job.state != "running" or job.attempts != claim.job.attempts:
+            holds = database.execute(
+                "SELECT 1 FROM jobs WHERE id = ? AND state = 'running' AND claims = ?", (claim.job.id, claim.number)
+            ).fetchone()
+            if holds is None:
                 raise LeaseLost("Another worker has this job now, or it has ended: stop working on it.")
             yield database
 

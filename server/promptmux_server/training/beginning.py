@@ -41,14 +41,26 @@ def beginning(config: JobConfig, backbone: OpenBackbone, published: OpenPublishe
     """Find what `[begin]` asks for. Raises TrainingConfigError, and for probes what the task's data raise."""
     begin = config.begin
     if begin.text is not None:
-        sources = [(BOS, *backbone.tokenizer.encode(text), EOS) for text in begin.text]
         told = begin.text[0] if len(begin.text) == 1 else list(begin.text)
-        return Beginning(begin_of_texts(backbone.model, sources), told)
+        return Beginning(begin_of_texts(backbone.model, texts_read(config, backbone)), told)
     if begin.prompt is not None:
         return _mean(config, [(_named(config, backbone, published), None)])
     if begin.nearest is not None:
         return _nearest(config, published(str(begin.among), backbone.loaded), start)
     return Beginning(FROM_NOISE, "noise")
+
+
+def texts_read(config: JobConfig, backbone: OpenBackbone) -> list[tuple[int, ...]]:
+    """The texts of `[begin]` as tokens, if it has any; raises TrainingConfigError for one that cannot be read whole."""
+    sources = [(BOS, *backbone.tokenizer.encode(text), EOS) for text in config.begin.text or ()]
+    most = backbone.loaded.config.max_positions
+    for source in sources:
+        if len(source) > most:
+            raise TrainingConfigError(
+                f"begin.text: a text has {len(source)} tokens, begin and end included, and may have {most}, which the "
+                "backbone reads: shorten it, or give a list of shorter texts."
+            )
+    return sources
 
 
 def _named(config: JobConfig, backbone: OpenBackbone, published: OpenPublished) -> Found:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
@@ -33,8 +33,10 @@ from promptmux_server.training.shared import share_state
 from promptmux_server.training.validation import OpenBackbone, Scorer
 from promptmux_server.training.weights_delta import WeightsDelta
 
-RECIPE = "steps"
-"""The topic of an identity that a person may allow to differ: rates and schedule, which fit any state."""
+RECIPE, PICTURES = "steps", "pictures"
+MAY_DIFFER = {RECIPE: "--changed-recipe", PICTURES: "--changed-pictures"}
+"""Topics of an identity that a person may allow to differ: rates and schedule fit any state, and other pictures under
+the same names leave every line in its place."""
 BEGUN_FROM = "begun_from"
 """Kept with an identity, and not compared: what was found once is not looked for again, for it may have changed."""
 
@@ -68,8 +70,16 @@ Learned = Prompt | WeightsDelta
 """What a job makes: a prompt, or trained weights of a baseline."""
 
 
+def held(config: JobConfig) -> AbstractContextManager[None]:
+    """Be the only one who trains into a job's folder, from before anything large is opened to the end of its `Job`.
+
+    Raises CheckpointNotWritten; entering it raises RunHeld where another process has the folder.
+    """
+    return _checkpoints(config).held()
+
+
 class Job:
-    """An open job, to be used as a context: its data are checked, and nobody else may write its checkpoints."""
+    """An open job, to be used as a context: its data are checked. Its folder is `held` by who opens it."""
 
     def __init__(
         self,
@@ -96,34 +106,34 @@ class Job:
         self.run = self._material.start(name or config.task.name, method_of(config, backbone), config.steps)
         self._begun_from: Any = None
         self._identity = self._what_it_is()
-        self._checkpoints = Checkpoints(config.output / "checkpoints", keep_last=config.run.keep_checkpoints)
+        self._checkpoints = _checkpoints(config)
         self._curve = Curve(config.output / "curve.jsonl")
-        self._held = ExitStack()
 
     def __enter__(self) -> Self:
-        """Raises RunHeld where another process has this job."""
-        self._held.enter_context(self._checkpoints.held())
         if self._owns_material:
-            self._held.enter_context(self._material)
+            self._material.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._held.close()
+        if self._owns_material:
+            self._material.__exit__(*exception)
 
     @property
     def method(self) -> Method:
         """What learns."""
         return self.run.method
 
-    def resume(self, *, changed_recipe: bool = False) -> int:
+    def resume(self, *, changed_recipe: bool = False, changed_pictures: bool = False) -> int:
         """Stand where the last good checkpoint does, or at the beginning; answers the step.
 
-        `changed_recipe` allows one of another step recipe. Raises TrainingError for a checkpoint of another run,
-        TrainingConfigError for a beginning that cannot be had.
+        `changed_recipe` allows one of another step recipe, `changed_pictures` one of other picture files under the same
+        names. Raises TrainingError for a checkpoint of another run, TrainingConfigError for a beginning that cannot be
+        had.
         """
         found = self._checkpoints.newest()
         if found is not None:
-            self._check_same_run(found, RECIPE if changed_recipe else None)
+            allowed = [topic for topic, may in ((RECIPE, changed_recipe), (PICTURES, changed_pictures)) if may]
+            self._check_same_run(found, allowed)
             self.run.restore(found.state)
             self._begun_from = found.identity[BEGUN_FROM]
         elif self.config.method.name == "prompt":
@@ -137,6 +147,8 @@ class Job:
         cohort = Cohort(self.config.compute)
         if not self.run.finished:
             cohort.join(self.run)
+        elif self.run.step not in self.scores():  # the recipe has fewer steps than were taken
+            yield self._scored()
         while cohort.runs:
             advance = cohort.advance()
             for failure in advance.failed:
@@ -178,13 +190,14 @@ class Job:
         best = self._checkpoints.best()
         if not self.run.finished or best is None or best.mark.score is None:
             raise TrainingError("The run is not at its end: run the same command again, and it goes on.")
-        self.run.restore(best.state)
+        values = {name: value.to(self.backbone.model.device) for name, value in best.state.values().items()}
+        tensors = self.method.saved(values)
         metric = {"name": self.exam.metric, "value": best.mark.score, "n": len(self.exam.questions)}
         manifest = replace(self._manifest, metric=metric, provenance={**self._provenance(best.mark.step), **origin})
         method = self.config.method
         if method.name == "prompt":
-            return prompt_of(manifest, self.run.saved())
-        return WeightsDelta(method.name, method.width, manifest, self.run.saved())
+            return prompt_of(manifest, tensors)
+        return WeightsDelta(method.name, method.width, manifest, tensors)
 
     def _begin(self) -> None:
         """Put the run where `[begin]` says."""
@@ -199,10 +212,13 @@ class Job:
 
     def _keep_what_is_due(self, step: int, *, stopping: bool) -> Iterator[Event]:
         if step % self.config.validate_every == 0 or self.run.finished:
-            score = self.keep_scored()
-            yield Scored(step, score, max(self.scores().values()))
+            yield self._scored()
         elif stopping or step % self.config.run.checkpoint_every == 0:
             self.keep()
+
+    def _scored(self) -> Scored:
+        score = self.keep_scored()
+        return Scored(self.run.step, score, max(self.scores().values()))
 
     def _save(self, score: float | None) -> None:
         self._checkpoints.save(self.run.state(), {**self._identity, BEGUN_FROM: self._begun_from}, score)
@@ -232,12 +248,14 @@ class Job:
             RECIPE: asdict(config.steps),
         }
 
-    def _check_same_run(self, found: Checkpoint, allowed: str | None) -> None:
+    def _check_same_run(self, found: Checkpoint, allowed: Collection[str]) -> None:
         expected = json.loads(json.dumps(self._identity))  # as a checkpoint gives it back: lists where tuples were
-        differing = [topic for topic in expected if found.identity.get(topic) != expected[topic] and topic != allowed]
+        differing = [topic for topic in expected if found.identity.get(topic) != expected[topic]]
+        differing = [topic for topic in differing if topic not in allowed]
         if not differing:
             return
-        other = "" if differing != [RECIPE] else ", or say --changed-recipe to go on with the new one"
+        options = " ".join(MAY_DIFFER.get(topic, "") for topic in differing)
+        other = f", or say {options} to go on with what is new" if MAY_DIFFER.keys() >= set(differing) else ""
         raise TrainingError(
             f"The checkpoints in this output folder are of another run: its {', '.join(differing)} differ. Put back "
             f"what the run began with, or choose another folder as `output`{other}."
@@ -262,3 +280,7 @@ class Job:
             "smoothing": steps.smoothing,
             "seed": steps.seed,
         }
+
+
+def _checkpoints(config: JobConfig) -> Checkpoints:
+    return Checkpoints(config.output / "checkpoints", keep_last=config.run.keep_checkpoints)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, Self
 
 from promptmux_server.errors import TrainingConfigError
+from promptmux_server.training.beginning import texts_read
 from promptmux_server.training.data.batches import FileBatches
 from promptmux_server.training.data.encode import SampleEncoder
 from promptmux_server.training.data.task_data import open_task_data
@@ -28,6 +29,7 @@ class Material:
     def __init__(self, config: JobConfig, backbone: OpenBackbone, ranks: Ranks = ALONE) -> None:
         """Raises TrainingConfigError, also for what `ranks` of several processes cannot do together, and DataError."""
         _check_divisible(config, ranks.count)
+        texts_read(config, backbone)  # data may take minutes, and a search would come to it in the midst
         spec = task_spec(config, backbone)
         self.manifest = spec.manifest
         self._backbone, self._rows, self._ranks = backbone, config.run.rows, ranks

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Generator = Literal["table", "mlp"]
+MOST_SEED = 2**63 - 1
+"""Of 64 bits with a sign: well below what torch takes, since every table adds its number to it."""
 
 
 class RecipeError(ValueError):
@@ -90,6 +92,7 @@ class StepRecipe:
             _hold(field, getattr(self, field) >= 0, "at least 0")
         for field in ("warmup", "smoothing", "drop_worst", "backbone_dropout", "backbone_drop_path"):
             _hold(field, 0.0 <= getattr(self, field) < 1.0, "in [0, 1)")
+        _hold("seed", -MOST_SEED - 1 <= self.seed <= MOST_SEED, f"a number of 64 bits, at most {MOST_SEED}")
         _hold("average_decay", self.average_decay is None or 0.0 < self.average_decay < 1.0, "between 0 and 1")
 
     def rate(self, step: int) -> float:

@@ -35,6 +35,15 @@ class RunState:
     tensors: dict[str, Tensor]
     numbers: dict[str, Cursor]
 
+    def kind(self, kind: str) -> dict[str, Tensor]:
+        """By parameter's name: "parameter", "average", or one of MOMENTS; empty if the run had none of that kind."""
+        prefix = f"{kind}/"
+        return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
+
+    def values(self) -> dict[str, Tensor]:
+        """What the run had learned and was scored as, whatever its recipe is now: see `Run.values`."""
+        return self.kind("average") or self.kind("parameter")
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -165,21 +174,22 @@ class Run:
 
     @torch.no_grad()
     def restore(self, state: RunState) -> None:
-        """Go on from a state of a run with the same method, recipe and data."""
-        kinds: dict[str, dict[str, Tensor]] = {}
-        for key, value in state.tensors.items():
-            kind, _, owner = key.partition("/")
-            kinds.setdefault(kind, {})[owner] = value
+        """Go on from a state of a run with the same method and data, be it of another recipe.
+
+        An average that the other recipe did not ask for begins at the parameters.
+        """
+        parameters, moments = state.kind("parameter"), {kind: state.kind(kind) for kind in MOMENTS}
         for name, parameter in self.method.parameters.items():
-            parameter.copy_(kinds["parameter"][name])
+            parameter.copy_(parameters[name])
             # The optimiser counts its steps on the host, wherever the parameter is.
             self._optimizer.state[parameter] = {
-                kind: kinds[kind][name].to("cpu" if kind == "step" else parameter.device, copy=True)
+                kind: moments[kind][name].to("cpu" if kind == "step" else parameter.device, copy=True)
                 for kind in MOMENTS
-                if name in kinds.get(kind, {})
+                if name in moments[kind]
             }
+        averages = state.kind("average") or parameters
         for name, average in self._average.items():
-            average.copy_(kinds["average"][name])
+            average.copy_(averages[name])
         step = state.numbers["step"]
         assert isinstance(step, int)
         self.step, self._cursor = step, state.numbers["cursor"]

@@ -104,6 +104,20 @@ def test_without_weights_sources_count_by_their_size(tmp_path: Path) -> None:
     assert Counter(made.place(number)[0] for number in range(TURNS)) == {0: 250, 1: 750}
 
 
+def test_without_weights_a_source_too_small_for_a_share_has_the_least_one(tmp_path: Path) -> None:
+    made = stream(tmp_path, (2, 3000, 1, 2997))
+    assert Counter(made.place(number)[0] for number in range(TURNS)) == {0: 1, 1: 499, 2: 1, 3: 499}
+    drawn = [made.place(number)[1] for number in range(4 * TURNS) if made.place(number)[0] == 0]
+    assert [sorted(pair) for pair in (drawn[:2], drawn[2:])] == [[0, 1], [0, 1]]
+
+
+def test_more_sources_than_turns_are_refused(tmp_path: Path) -> None:
+    rows = stream(tmp_path, (1,)).sources
+    assert Stream([*rows] * TURNS, 1).epoch_samples == TURNS
+    with pytest.raises(DataError, match="At most 1000 files"):
+        Stream([*rows] * (TURNS + 1), 1)
+
+
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (1.0, -1.0), (10_000.0, 1.0)])
 def test_a_weight_that_would_never_be_drawn_is_refused(tmp_path: Path, weights: tuple[float, float]) -> None:
     with pytest.raises(DataError, match="weight"):

@@ -8,10 +8,22 @@ import pytest
 
 from promptmux_server.errors import DataError
 from promptmux_server.training.data import survey as survey_module
+from promptmux_server.training.data import whole_pictures
+from promptmux_server.training.data.encode import SampleEncoder
 from promptmux_server.training.data.source import distinct_targets
 from promptmux_server.training.data.survey import survey
 from promptmux_server.training.data.task_data import DataConfig, SourceConfig, open_task_data
-from training.data.data_files import encoder, numbered, opened, picture, pictures, surveyed, write_jsonl
+from training.data.data_files import (
+    encoder,
+    numbered,
+    opened,
+    picture,
+    pictures,
+    standard,
+    surveyed,
+    write_jsonl,
+    write_tsv,
+)
 
 TEXTS = encoder("text", takes_image=False)
 
@@ -61,6 +73,69 @@ def test_a_picture_that_breaks_off_is_found_when_pixels_are_asked_for(tmp_path: 
     source = opened(path, "caption")
     assert survey(source, encoder("caption"), tmp_path / "cache").bad_count == 0
     assert survey(source, encoder("caption"), tmp_path / "cache", pixels=True).bad_count == 2
+
+
+def decoded_pictures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows whenever a picture is decoded."""
+    looks: list[int] = []
+    original = whole_pictures.decoded
+    monkeypatch.setattr(whole_pictures, "decoded", lambda *given: looks.append(1) or original(*given))
+    return looks
+
+
+def captions(folder: Path, count: int) -> Path:
+    lines = [{"image": f"{i}.png", "caption": "a cat"} for i in range(count)]
+    return write_jsonl(pictures(folder, count) / "data.jsonl", lines)
+
+
+def test_a_picture_is_decoded_once_whatever_the_task_and_again_when_it_was_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, looks = opened(captions(tmp_path, 4), "caption"), decoded_pictures(monkeypatch)
+
+    def bad(task: SampleEncoder) -> int:
+        return survey(source, task, tmp_path / "cache", pixels=True).bad_count
+
+    for task in (encoder("caption"), encoder("caption"), encoder("caption", instruction=" say")):
+        assert bad(task) == 0
+        assert len(looks) == 4
+    (tmp_path / "2.png").write_bytes(picture(99))
+    assert (bad(encoder("caption")), len(looks)) == (0, 5)
+    whole = (tmp_path / "3.png").read_bytes()
+    (tmp_path / "3.png").write_bytes(whole[: len(whole) // 2])
+    assert (bad(encoder("caption")), bad(encoder("caption")), len(looks)) == (1, 1, 7)  # of a bad one nothing is kept
+    (tmp_path / "3.png").unlink()
+    assert (bad(encoder("caption")), len(looks)) == (1, 7)
+    (tmp_path / "3.png").write_bytes(whole)
+    assert (bad(encoder("caption")), len(looks)) == (0, 7)
+
+
+def test_pictures_within_lines_are_decoded_once_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = picture(1, "JPEG")
+    cut = standard(whole[: len(whole) * 2 // 3])
+    rows = [["1", "1", "a cat", "", standard(picture(0))], ["2", "2", "a dog", "", cut]]
+    source, looks = opened(write_tsv(tmp_path / "data.tsv", rows), "caption"), decoded_pictures(monkeypatch)
+    for seen in (2, 3):
+        assert survey(source, encoder("caption"), tmp_path / "cache", pixels=True).bad_count == 1
+        assert len(looks) == seen
+
+
+def test_who_is_stopped_while_pictures_are_decoded_has_not_looked_in_vain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, looks = opened(captions(tmp_path, 5), "caption"), decoded_pictures(monkeypatch)
+    monkeypatch.setattr(survey_module, "ROWS_AT_ONCE", 2)
+
+    def stop(done: int) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        survey(source, encoder("caption"), tmp_path / "cache", pixels=True, progress=stop)
+    monkeypatch.setattr(survey_module, "TOLD_EVERY_S", 0.0)
+    assert survey(source, encoder("caption"), tmp_path / "cache", pixels=True).bad_count == 0
+    assert len(looks) == 5
+    assert "data.jsonl: 4 of 5 lines are looked at" in caplog.text
 
 
 def groups(found: survey_module.Rows) -> set[str]:

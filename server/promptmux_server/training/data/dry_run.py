@@ -45,7 +45,7 @@ def dry_run(
     shown: int = 5,
     skip_bad: int = 0,
     pixels: bool = False,
-    progress: Callable[[int], None] = lambda _done: None,
+    progress: Callable[[int], None] | None = None,
 ) -> DryRun:
     """Look at every line, and show the first good ones; raises DataError with the bad ones beyond `skip_bad`."""
     encoder, limits = SampleEncoder(spec, tokenizer), ImageLimits()

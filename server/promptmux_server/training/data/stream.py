@@ -29,9 +29,12 @@ class Stream:
     """
 
     def __init__(self, sources: Sequence[Rows], seed: int, weights: Sequence[float] | None = None) -> None:
-        """Without weights a source counts by its size. Raises DataError for a share below a thousandth."""
+        """Without weights a source counts by its size, but has one turn in a thousand at least.
+
+        Raises DataError for a weight that is less, and for more sources than turns.
+        """
         self._sources, self._seed = tuple(sources), seed
-        self._quotas = _quotas(weights or [len(rows) for rows in sources])
+        self._quotas = _by_weight(weights) if weights else _by_size([len(rows) for rows in sources])
         self.epoch_samples = sum(len(rows) for rows in sources)
         # Of this stream alone; as decorators they would keep every stream alive.
         self._turns = lru_cache(4)(self._make_turns)
@@ -97,11 +100,28 @@ class Stream:
         return Shuffled(len(self._sources[source]), self._seed, "rows", source, time)
 
 
+def _by_weight(weights: Sequence[float]) -> list[int]:
+    """Turns of each source in a block, as its weight says."""
+    if min(weights) <= 0 or min(weights) / sum(weights) < 1 / TURNS:
+        raise DataError(f"A source's weight must be above 0, and at least one in {TURNS} of all weights.")
+    return _quotas(weights)
+
+
+def _by_size(sizes: Sequence[int]) -> list[int]:
+    """Turns of each source in a block; one that is too small for any takes one of the source that has most."""
+    if len(sizes) > TURNS:
+        raise DataError(f"At most {TURNS} files can be mixed: join some of them.")
+    quotas = _quotas(sizes)
+    for source, quota in enumerate(quotas):
+        if quota == 0:
+            quotas[quotas.index(max(quotas))] -= 1
+            quotas[source] = 1
+    return quotas
+
+
 def _quotas(weights: Sequence[float]) -> list[int]:
     """Turns of each source in a block, by largest remainder."""
     total = sum(weights)
-    if min(weights) <= 0 or min(weights) / total < 1 / TURNS:
-        raise DataError(f"A source's weight must be above 0, and at least one in {TURNS} of all weights.")
     exact = [weight / total * TURNS for weight in weights]
     quotas = [int(share) for share in exact]
     by_remainder = sorted(range(len(exact)), key=lambda source: quotas[source] - exact[source])

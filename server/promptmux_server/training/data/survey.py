@@ -1,12 +1,14 @@
-"""Every line of a source looked at once, before anything is learned: which are good, and what is wrong with the others.
+"""Every line of a source looked at once, before anything is learned: which are good, and what is wrong with others.
 
-What was found is kept for the next start, as long as file, task and reader are the same and nothing was wrong. Owns the
-allowance for bad lines, and the split into what is learned and what is held out.
+What was found is kept for the next start, as long as file, task, reader and pictures are the same and nothing was
+wrong. Owns the allowance for bad lines, and the split into what is learned and what is held out.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +20,19 @@ import numpy.typing as npt
 from promptmux_server.backbone.images import ImageLimits
 from promptmux_server.errors import DataError
 from promptmux_server.training.data.encode import SampleEncoder
-from promptmux_server.training.data.pictures import Picture, Size, UnreadablePicture, decoded
+from promptmux_server.training.data.pictures import Picture, Size, UnreadablePicture
 from promptmux_server.training.data.sample import BadLine, Defect, Sample
 from promptmux_server.training.data.source import Source
 from promptmux_server.training.data.tables import read_table, write_table
+from promptmux_server.training.data.whole_pictures import WholePictures
+
+log = logging.getLogger(__name__)
 
 BAD_LINES_KEPT = 20
 ROWS_AT_ONCE = 4096
 HASHES = 1 << 32
+TOLD_EVERY_S = 30.0
+"""Between two words in the log about a file that takes long."""
 
 Lines = npt.NDArray[np.uint32]
 Side = Literal["all", "train", "heldout"]
@@ -92,25 +99,57 @@ def survey(
     *,
     pixels: bool = False,
     limits: ImageLimits | None = None,
-    progress: Callable[[int], None] = lambda _done: None,
+    progress: Callable[[int], None] | None = None,
 ) -> Survey:
-    """Look at every line: its fields, its tokens, its picture's header, and with `pixels` all of its picture."""
+    """Look at every line: its fields, its tokens, its picture's header, and with `pixels` all of its picture.
+
+    Pictures that were decoded before are not decoded again. Without `progress` a word in the log says how far it is.
+    """
     identity = f"{source.identity} {encoder.identity} {pixels}"
     kept = cache / f"survey-{hashlib.sha256(identity.encode()).hexdigest()[:32]}"
-    look = _Look(source, encoder, limits or ImageLimits(), pixels)
+    limits = limits or ImageLimits()
+    whole = WholePictures(cache, limits) if pixels else None
+    look = _Look(source, encoder, limits, whole)
     table = read_table(kept, "<u4")
-    if table is None:
-        table = write_table(kept, "<u4", look.rows(progress))
+    if table is None or (whole is not None and _changed(source, table.rows[::2], whole)):
+        table = write_table(kept, "<u4", look.rows(progress or _in_the_log(source)))
     if look.bad_count:
         kept.unlink(missing_ok=True)  # a picture that was missing may be there next time; the mapping stays valid
     return Survey(source, table.rows.reshape(-1, 2), look.bad_count, tuple(look.bad))
 
 
+def _changed(source: Source, good: Lines, whole: WholePictures) -> bool:
+    """Whether a good line's picture is another one by now, or gone; those within lines are the file's own."""
+    if source.inline:
+        return False
+    pictures = (source.parse(int(number)).picture for number in good)
+    try:
+        return not all(picture is None or whole.knows(picture) for picture in pictures)
+    except UnreadablePicture:
+        return True
+
+
+def _in_the_log(source: Source) -> Callable[[int], None]:
+    told_s = time.monotonic()
+
+    def progress(done: int) -> None:
+        nonlocal told_s
+        if time.monotonic() - told_s >= TOLD_EVERY_S:
+            told_s = time.monotonic()
+            # A warning, since a command that trains shows nothing less.
+            log.warning("%s: %d of %d lines are looked at, once, with their pictures.", source.name, done, len(source))
+
+    return progress
+
+
 class _Look:
     """One pass over a source."""
 
-    def __init__(self, source: Source, encoder: SampleEncoder, limits: ImageLimits, pixels: bool) -> None:
-        self._source, self._encoder, self._limits, self._pixels = source, encoder, limits, pixels
+    def __init__(
+        self, source: Source, encoder: SampleEncoder, limits: ImageLimits, whole: WholePictures | None
+    ) -> None:
+        """With `whole` pictures are decoded, without it their headers are read."""
+        self._source, self._encoder, self._limits, self._whole = source, encoder, limits, whole
         self._last: tuple[Picture, Size] | None = None
         self.bad: list[BadLine] = []
         self.bad_count = 0
@@ -128,6 +167,8 @@ class _Look:
                     self.bad.append(BadLine(self._source.place(number, defect.entry), defect.reason))
             if len(rows) == ROWS_AT_ONCE or number + 1 == len(self._source):
                 yield np.array(rows, np.uint32).reshape(-1)
+                if self._whole is not None:
+                    self._whole.keep()  # so that who is stopped on the way has not looked in vain
                 progress(number + 1)
                 rows = []
 
@@ -139,8 +180,8 @@ class _Look:
         if self._last is None or self._last[0] != picture:
             try:
                 size = picture.size(self._limits)
-                if self._pixels:
-                    decoded(picture.read(self._limits), self._limits)
+                if self._whole is not None:
+                    self._whole.check(picture)
             except UnreadablePicture as error:
                 raise Defect(str(error), sample.entry) from error
             self._last = (picture, size)

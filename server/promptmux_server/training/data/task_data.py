@@ -66,4 +66,4 @@ def open_task_data(config: DataConfig, encoder: SampleEncoder, cache: Path) -> T
 def _surveyed(source: SourceConfig, config: DataConfig, encoder: SampleEncoder, cache: Path) -> Survey:
     manifest = encoder.spec.manifest
     opened = open_source(source, manifest.kind, cache, premise=manifest.takes_premise)
-    return survey(opened, encoder, cache).allow(config.skip_bad)
+    return survey(opened, encoder, cache, pixels=encoder.spec.takes_image).allow(config.skip_bad)
