@@ -34,6 +34,7 @@ from promptmux_server.errors import (
     PromptRefused,
 )
 from promptmux_server.tasks import TaskSpec
+from promptmux_server.tasks.decoding import Hypothesis
 
 GREEDY = {"method": "greedy", "max_length": 5}
 
@@ -91,6 +92,20 @@ def test_other_tokens_fail_and_both_are_shown() -> None:
     assert caught.value.details == {"index": 1, "expected": [9] * 32, "got": list(right[:32])}
 
 
+def test_the_surest_are_kept_where_there_are_more_than_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text is as sure as its least likely token."""
+    scores = iter([(-0.1, -3.0), (-0.5, -0.5), (-0.9, -0.1)])
+
+    def write(*_: object) -> Generator[None, None, Hypothesis]:
+        yield
+        return Hypothesis((7, 2), 0.0, next(scores))
+
+    monkeypatch.setattr(Rehearsal, "_written", write)
+    inputs = [{"text": text} for text in ("two are as good", "sure", "almost as sure")]
+    told = record_canaries(tiny.model(), tiny.tokenizer(), tiny.prompt(scale=3.0), inputs, most=2)
+    assert [canary.text for canary in told.manifest.canary or ()] == ["sure", "almost as sure"]
+
+
 FIRST_BIN = tiny.model().config.first_bin_id
 NEAR = int(NEAR_PLACES * (tiny.model().config.num_bins - 1))
 
@@ -109,9 +124,9 @@ NEAR = int(NEAR_PLACES * (tiny.model().config.num_bins - 1))
 def test_places_may_lie_a_little_apart_and_nothing_else(
     written: tuple[int, ...], passes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write(*_: object) -> Generator[None, None, tuple[int, ...]]:
+    def write(*_: object) -> Generator[None, None, Hypothesis]:
         yield
-        return written
+        return Hypothesis(written, 0.0, (0.0,) * len(written))
 
     monkeypatch.setattr(Rehearsal, "_written", write)
     told = tiny.prompt(scale=3.0, canary=(Canary(tokens=(7, FIRST_BIN + 1, 2), text="the dog"),))

@@ -39,6 +39,8 @@ WAITING = 64
 """Requests submitted before the first answer is awaited: so many pictures are in memory."""
 DEADLINE_S = 3600.0
 MOST_CANARIES = 3
+CANARIES_TRIED = 16
+"""Held-out inputs of which the surest become canaries."""
 CANARY_SIDE = 48
 """Pixels: a PNG of noise has 7 KB then, and all canaries fit into a prompt file's header."""
 LAID_DOWN = "What is to be scored cannot be laid down in the folder of temporary files"
@@ -93,12 +95,11 @@ def _output(future: Future[Answer]) -> Output | None:
 
 def with_canaries(backbone: OpenBackbone, prompt: Prompt, questions: Sequence[Question]) -> Prompt:
     """The prompt with a few held-out inputs and what it writes for them, so that servers can rehearse it."""
-    inputs = [_canary_input(question) for question in questions[:MOST_CANARIES]]
-    while inputs:
-        told = record_canaries(backbone.model, backbone.tokenizer, prompt, inputs)
+    inputs = [_canary_input(question) for question in questions[:CANARIES_TRIED]]
+    for most in range(min(MOST_CANARIES, len(inputs)), 0, -1):
+        told = record_canaries(backbone.model, backbone.tokenizer, prompt, inputs, most)
         if len(told.manifest.to_json().encode()) <= MAX_HEADER_BYTES - OTHER_HEADER_BYTES:
             return told
-        inputs.pop()
     return prompt
 
 

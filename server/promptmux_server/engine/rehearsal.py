@@ -24,7 +24,7 @@ from promptmux_server.engine.runner import Work, closed_batch
 from promptmux_server.engine.scenes import Fits, Scene, canaries, greedy, question
 from promptmux_server.errors import CanaryFailed, PromptNonfinite
 from promptmux_server.tasks import TaskSpec
-from promptmux_server.tasks.decoding import Outcome
+from promptmux_server.tasks.decoding import Hypothesis, Outcome
 
 NEAR_PLACES = 0.02
 """Of a picture's side, by which places of a canary may differ: two of 128 bins, twenty of 1,000."""
@@ -53,7 +53,7 @@ class Rehearsal:
         if home != NO_PROMPT:
             yield from self._check_effect(pools, home)
         for index, scene in enumerate(self._canaries):
-            got = yield from self._written(scene, pools, home)
+            got = (yield from self._written(scene, pools, home)).tokens
             if not self._alike(got, scene.expected):
                 raise _differs(index, scene.expected, got)
 
@@ -64,7 +64,7 @@ class Rehearsal:
         same = (a == b or (min(a, b) >= first and abs(a - b) <= most) for a, b in zip(got, expected, strict=False))
         return len(got) == len(expected) and all(same)
 
-    def tokens(self) -> list[tuple[int, ...]]:
+    def written(self) -> list[Hypothesis]:
         """What the model writes for each canary's input, whatever was expected; on this thread, at once."""
         pools, home = self._own_pools()
         return [_finished(self._written(scene, pools, home)) for scene in self._canaries]
@@ -83,10 +83,10 @@ class Rehearsal:
             message = "The prompt makes no difference: the backbone says the same without it."
             raise CanaryFailed(message, details={"reason": "no_effect"})
 
-    def _written(self, scene: Scene, pools: PromptPools, home: Residence) -> Generator[None, None, tuple[int, ...]]:
+    def _written(self, scene: Scene, pools: PromptPools, home: Residence) -> Generator[None, None, Hypothesis]:
         search = make_search(self._params, prefix=scene.item.prefix_ids)
         yield from self._run(scene, search, pools, home)
-        return search.outcome().hypotheses[0].tokens
+        return search.outcome().hypotheses[0]
 
     def _run(self, scene: Scene, search: Search, pools: PromptPools, home: Residence) -> Passes:
         """One search, from the picture to its end."""
@@ -123,25 +123,32 @@ class _FirstLogits:
         return Outcome(())
 
 
-def record_canaries(model: OFA, tokenizer: Tokenizer, prompt: Prompt, inputs: Sequence[Mapping[str, str]]) -> Prompt:
+def record_canaries(
+    model: OFA, tokenizer: Tokenizer, prompt: Prompt, inputs: Sequence[Mapping[str, str]], most: int | None = None
+) -> Prompt:
     """The prompt with canaries: inputs of `text`, `premise` and `image`, and what the model writes for them now.
 
-    For publishers. Manifest and digest are new: it is another version than the prompt without them.
+    With `most` only so many, those whose least likely token is likeliest: where two answers are almost as good as each
+    other, a server with another element type may give the other one. For publishers. Manifest and digest are new: it is
+    another version than the prompt without them.
     """
     asked = replace(prompt.manifest, canary=tuple(Canary(tokens=(EOS,), **given) for given in inputs))
     with torch.no_grad():
-        written = Rehearsal(model, tokenizer, prompt, TaskSpec.from_manifest(asked, model.config)).tokens()
-    told = tuple(Canary(tokens=tokens, **given) for tokens, given in zip(written, inputs, strict=True))
+        written = Rehearsal(model, tokenizer, prompt, TaskSpec.from_manifest(asked, model.config)).written()
+    found = list(zip(written, inputs, strict=True))
+    if most is not None:
+        found = sorted(found, key=lambda each: -min(each[0].positional_scores))[:most]
+    told = tuple(Canary(tokens=hypothesis.tokens, **given) for hypothesis, given in found)
     sides = (prompt.encoder_key, prompt.encoder_value, prompt.decoder_key, prompt.decoder_value)
     return Prompt.build(replace(asked, canary=told), *sides)
 
 
-def _finished(run: Generator[None, None, tuple[int, ...]]) -> tuple[int, ...]:
+def _finished(run: Generator[None, None, Hypothesis]) -> Hypothesis:
     while True:
         try:
             next(run)
         except StopIteration as end:
-            result: tuple[int, ...] = end.value
+            result: Hypothesis = end.value
             return result
 
 
