@@ -17,14 +17,13 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from pocket.lessons import untaught
 from promptmux_server.backbone.tokenizer import Tokenizer
-from promptmux_server.backbone.vision import VisionStem
 from promptmux_server.pocket import WEIGHTS, pretrain
 from promptmux_server.pocket.averaging import processes, take_mean
 from promptmux_server.pocket.dataset import Pixels, SceneDataset
-from promptmux_server.pocket.patches import ANSWERS
 from promptmux_server.pocket.pretrain import Pretraining, run
-from promptmux_server.pocket.recipe import NUM_BINS, Recipe, pocket_config
+from promptmux_server.pocket.recipe import NUM_BINS, Recipe
 from promptmux_server.pocket.scenes import Scene, SceneObject
 
 TOKENIZER = Tokenizer.load(WEIGHTS, num_codes=0, num_bins=NUM_BINS)
@@ -78,23 +77,14 @@ def learn_together(folder: Path, lasting: int = 1000) -> list[int | None]:
     return in_processes(learn, str(folder), str(group), lasting)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    config = pocket_config(500)
-    stem, head = VisionStem(config, folded=False), nn.Linear(config.image_feature_dim, ANSWERS)
-    tensors = stem.state_dict() | {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
-    save_file(tensors, tmp_path / "stem.safetensors")
-    return tmp_path
-
-
-def test_both_end_with_the_same_bits_also_after_a_kill(folder: Path) -> None:
-    assert learn_together(folder / "whole") == [0, 0]
-    assert learn_together(folder / "killed", lasting=KILLED_AT) == [-signal.SIGKILL, -signal.SIGKILL]
-    assert not (folder / "killed" / "1.safetensors").exists()
-    assert learn_together(folder / "killed") == [0, 0]
-    whole, resumed = (load_file(folder / name / "1.safetensors") for name in ("whole", "killed"))
-    led = load_file(folder / "whole" / "0.safetensors")
+def test_both_end_with_the_same_bits_also_after_a_kill(tmp_path: Path) -> None:
+    untaught(tmp_path)
+    assert learn_together(tmp_path / "whole") == [0, 0]
+    assert learn_together(tmp_path / "killed", lasting=KILLED_AT) == [-signal.SIGKILL, -signal.SIGKILL]
+    assert not (tmp_path / "killed" / "1.safetensors").exists()
+    assert learn_together(tmp_path / "killed") == [0, 0]
+    whole, resumed = (load_file(tmp_path / name / "1.safetensors") for name in ("whole", "killed"))
+    led = load_file(tmp_path / "whole" / "0.safetensors")
     for name, tensor in whole.items():
         assert torch.equal(tensor, led[name]), name
         assert torch.equal(tensor, resumed[name]), name
@@ -133,12 +123,12 @@ class AskedError(Exception):
     """Carries the first number drawn for a text."""
 
 
-def test_processes_learn_from_texts_of_their_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_learn_from_texts_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def texts(*arguments: Any) -> None:
         raise AskedError(arguments[-1].random())
 
     monkeypatch.setattr(pretrain, "training_examples", texts)
-    training = Pretraining(Recipe(images=1), TOKENIZER, folder / "stem.safetensors", None, folder)
+    training = Pretraining(Recipe(images=1), TOKENIZER, untaught(tmp_path), None, tmp_path)
     drawn = []
     for number in (0, 1, 0):
         with pytest.raises(AskedError) as asked:

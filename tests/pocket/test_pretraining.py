@@ -10,12 +10,11 @@ from typing import cast
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import load_file
 
+from pocket.lessons import untaught
 from promptmux_server.backbone.config import BOS, EOS
 from promptmux_server.backbone.tokenizer import Tokenizer, train_tokenizer
-from promptmux_server.backbone.vision import VisionStem
 from promptmux_server.backbone.weights import load_backbone
 from promptmux_server.pocket import WEIGHTS, export, pretrain
 from promptmux_server.pocket import stem as stem_lesson
@@ -34,7 +33,7 @@ from promptmux_server.pocket.patches import (
     patch_truth,
 )
 from promptmux_server.pocket.pretrain import Pretraining, run
-from promptmux_server.pocket.recipe import NUM_BINS, Recipe, pocket_config
+from promptmux_server.pocket.recipe import NUM_BINS, Recipe
 from promptmux_server.pocket.scenes import Scene, SceneObject
 from promptmux_server.pocket.stem import mirrored, new_stem, train_stem
 from promptmux_server.pocket.vocabulary import carried_over
@@ -107,12 +106,7 @@ def pretraining(lesson: Path, folder: Path, begin: Path | None = None) -> Pretra
 
 @pytest.fixture
 def lesson(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    config = pocket_config(500)
-    stem, head = VisionStem(config, folded=False), nn.Linear(config.image_feature_dim, ANSWERS)
-    tensors = stem.state_dict() | {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
-    save_file(tensors, tmp_path / "stem.safetensors")
-    return tmp_path / "stem.safetensors"
+    return untaught(tmp_path)
 
 
 def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(lesson: Path, tmp_path: Path) -> None:
