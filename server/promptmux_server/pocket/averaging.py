@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from promptmux_server.training.ranks import add_up
+
 
 @contextmanager
 def processes() -> Iterator[tuple[int, int]]:
@@ -33,14 +35,12 @@ def processes() -> Iterator[tuple[int, int]]:
 def take_mean(optimizer: Optimizer) -> None:
     """Exchange what is trained, and its moments, for the means over all processes, to the bit the same in each.
 
-    Moments too, so that a checkpoint of one process is that of all.
+    Moments too, so that a checkpoint of one process is that of all. Raises PeerLost.
     """
     tensors = _learned(optimizer)
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(mean.view_as(tensor))
+    add_up(tensors)
+    for tensor in tensors:
+        tensor /= dist.get_world_size()
 
 
 def _learned(optimizer: Optimizer) -> Sequence[Tensor]:

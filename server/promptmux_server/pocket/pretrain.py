@@ -11,6 +11,7 @@ import argparse
 import json
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -183,26 +184,28 @@ class Pretraining:
     def _named(self, examples: list[Example], scenes: list[Scene]) -> list[Named]:
         """All names of things in the texts, by their places on the encoder's flat axis."""
         named: list[Named] = []
-        start = 0
-        for example in examples:
-            assert example.image is not None
-            start += GRID * GRID
+        for start, image, source in _on_the_axis(examples):
             before = None
-            for mention in self.names.mentions(example.source):
-                named.append(Named(start + mention.place, mention.kind, scenes[example.image], before))
+            for mention in self.names.mentions(source):
+                named.append(Named(start + GRID * GRID + mention.place, mention.kind, scenes[image], before))
                 before = mention.kind
-            start += len(example.source)
         return named
 
     def _seen(self, examples: list[Example], scenes: list[Scene]) -> list[tuple[int, Scene]]:
         """Each scene with the place of its first text's patches on the encoder's flat axis."""
         places: dict[int, int] = {}
-        start = 0
-        for example in examples:
-            assert example.image is not None
-            places.setdefault(example.image, start)
-            start += GRID * GRID + len(example.source)
+        for start, image, _ in _on_the_axis(examples):
+            places.setdefault(image, start)
         return [(place, scenes[image]) for image, place in places.items()]
+
+
+def _on_the_axis(examples: list[Example]) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+    """(start on the encoder's flat axis, picture, text) of each example: a picture's patches come before its text."""
+    start = 0
+    for example in examples:
+        assert example.image is not None
+        yield start, example.image, example.source
+        start += GRID * GRID + len(example.source)
 
 
 def run(training: Pretraining, data: SceneDataset, number: int = 0, count: int = 1) -> None:

@@ -89,11 +89,7 @@ class Together:
         return LossNumbers(total, nll, int(tokens))
 
     def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])  # one exchange, a few MB
-        _exchanged(lambda: dist.all_reduce(flat))
-        for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(summed.view_as(gradient))
+        add_up([parameter.grad for parameter in parameters if parameter.grad is not None])
 
     def agree(self, wish: bool) -> bool:
         wishes = torch.tensor([int(wish)])
@@ -106,6 +102,15 @@ class Together:
         out = torch.frombuffer(bytearray(data), dtype=torch.uint8) if self.leads else _room(int(size))
         _exchanged(lambda: dist.broadcast(out, src=0))
         return out.numpy().tobytes()
+
+
+@torch.no_grad()
+def add_up(tensors: Sequence[Tensor]) -> None:
+    """Exchange every tensor for its sum over all processes, to the bit the same in each; raises PeerLost."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])  # one exchange, a few MB
+    _exchanged(lambda: dist.all_reduce(flat))
+    for tensor, summed in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(summed.view_as(tensor))
 
 
 def _room(size: int) -> Tensor:
